@@ -20,10 +20,10 @@ from bench_common import DATA, RESULTS, WORK, provenance, say, write_results
 from bench_models import RECIPES, make_bundles, parse_given, smollm2_gguf, weight_bytes
 from bench_report import arc_easy_markdown
 
-from edge_reasoner.assemble import Machine
-from edge_reasoner.bundle.open import open_bundle
-from edge_reasoner.evaluate import Result, score_choices
-from edge_reasoner.questions import Question, read_questions
+from edge_reasoner.bench.eval import Result, score_choices
+from edge_reasoner.bench.questions import Question, read_questions
+from edge_reasoner.contract.bundle.open import open_bundle
+from edge_reasoner.query.assemble import Machine
 
 THREADS = 2
 QUESTIONS_FILE = "arc_easy.jsonl"

@@ -121,8 +121,8 @@ def make_genai(python: str, threads: int) -> Path:
 def weight_bytes(kind: str, path: Path) -> int:
     """Bytes of the files that hold a model's graph and weights."""
     if kind == "edge":
-        from edge_reasoner.bundle.graph_bytes import graph_bytes
-        from edge_reasoner.bundle.open import open_bundle
+        from edge_reasoner.contract.bundle.graph_bytes import graph_bytes
+        from edge_reasoner.contract.bundle.open import open_bundle
 
         bundle = open_bundle(path)
         return graph_bytes(bundle, bundle.component("reasoner").variants[0].graph).stored

@@ -37,11 +37,11 @@ class EdgeContender:
     """A bundle, on the path that the runtime's own `bench` takes."""
 
     def __init__(self, path: str, threads: int, cache_dir: str) -> None:
-        from edge_reasoner.assemble import open_tokenizer
-        from edge_reasoner.bundle.activate import activate
-        from edge_reasoner.bundle.open import open_bundle
+        from edge_reasoner.activation.activate import activate
+        from edge_reasoner.contract.bundle.open import open_bundle
         from edge_reasoner.engine.generate import Engine
         from edge_reasoner.engine.sampling import SamplingParams
+        from edge_reasoner.query.assemble import open_tokenizer
 
         bundle = open_bundle(path)
         component = bundle.component("reasoner")

@@ -22,10 +22,10 @@ from typing import Any
 import msgspec
 from gguf_sizes import graph_cost
 
-from edge_reasoner.profile.cost import GraphCost, fit_roofline, predict
-from edge_reasoner.profile.load import load_profile
-from edge_reasoner.profile.probe import probe_machine
-from edge_reasoner.profile.schema import DeviceProfile, Figure
+from edge_reasoner.contract.profile.cost import GraphCost, fit_roofline, predict
+from edge_reasoner.contract.profile.load import load_profile
+from edge_reasoner.contract.profile.schema import DeviceProfile, Figure
+from edge_reasoner.machine.probe import probe_machine
 
 #: published runs rarely state their context; short ones are the rule
 PROMPT_TOKENS, NEW_TOKENS = 64, 128

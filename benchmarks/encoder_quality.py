@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from edge_export.checkpoint.bert import EncoderCheckpoint, load_encoder
-from edge_export.encoder import encoder_golden, encoder_quality, lower_encoder
 from edge_export.plan.encoder_formats import ENCODER_RECIPES
+from edge_export.stages.encoder import encoder_golden, encoder_quality, lower_encoder
 from edge_reasoner.backends.golden import try_encoder
 from edge_reasoner.backends.onnxruntime_backend import OrtEncoderSession, runtime_version
-from edge_reasoner.profile.load import load_profile
-from edge_reasoner.profile.schema import DeviceProfile
+from edge_reasoner.contract.profile.load import load_profile
+from edge_reasoner.contract.profile.schema import DeviceProfile
 
 #: file → (field with the sentence, how many sentences, taken at even distances)
 SOURCES = {

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from edge_reasoner.profile.cost import GraphCost
+from edge_reasoner.contract.profile.cost import GraphCost
 
 #: bits per weight of ggml's block formats, scales included
 BITS = {

@@ -1,1 +1,1 @@
-"""One TOML file per board; the file's name is the profile's name. Read by `edge_reasoner.profile.load`."""
+"""One TOML file per board, named as the profile. Read by `edge_reasoner.contract.profile.load`."""

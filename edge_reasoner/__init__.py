@@ -16,13 +16,13 @@ from edge_reasoner._version import __version__
 
 if TYPE_CHECKING:
     from edge_reasoner import errors
-    from edge_reasoner.answer import Answer
     from edge_reasoner.client import InferenceClient
     from edge_reasoner.gate.policy import Policy
+    from edge_reasoner.query.answer import Answer
     from edge_reasoner.reasoner import Reasoner
 
 _HOMES = {
-    "Answer": "edge_reasoner.answer",
+    "Answer": "edge_reasoner.query.answer",
     "InferenceClient": "edge_reasoner.client",
     "Policy": "edge_reasoner.gate.policy",
     "Reasoner": "edge_reasoner.reasoner",

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from edge_reasoner.engine.sampling import SamplingParams
 from edge_reasoner.errors import InputError
-from edge_reasoner.jsonl import read_rows
+from edge_reasoner.files import read_rows
 from edge_reasoner.reasoner import Reasoner
 
 _FIELDS = ("prompt", "id")

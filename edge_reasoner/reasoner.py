@@ -11,20 +11,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from edge_reasoner.answer import Answer, Piece
-from edge_reasoner.assemble import Machine, default_threads, open_local_model, open_preprocessor
-from edge_reasoner.bundle.activate import Activation, default_cache_dir
-from edge_reasoner.bundle.manifest import Manifest
-from edge_reasoner.bundle.open import Bundle, open_bundle
+from edge_reasoner.activation.activate import Activation, default_cache_dir
 from edge_reasoner.cloud import connect
 from edge_reasoner.cloud.base import CloudLimits, CloudModel, CloudOptions, CloudPrice
+from edge_reasoner.contract.bundle.manifest import Manifest
+from edge_reasoner.contract.bundle.open import Bundle, open_bundle
+from edge_reasoner.contract.template.render import Message
 from edge_reasoner.engine.chat import LocalModel, as_messages
 from edge_reasoner.engine.sampling import SamplingParams
-from edge_reasoner.engine.template import Message
 from edge_reasoner.errors import InputError
 from edge_reasoner.gate.policy import Policy, check_mode
 from edge_reasoner.preprocess.preprocessor import Preprocessor
-from edge_reasoner.routing import Pieces, Router
+from edge_reasoner.query.answer import Answer, Piece
+from edge_reasoner.query.assemble import Machine, default_threads, open_local_model, open_preprocessor
+from edge_reasoner.query.routing import Pieces, Router
 
 Prompt = str | Sequence[Message]
 

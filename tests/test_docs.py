@@ -15,7 +15,7 @@ import pytest
 from edge_export.cli import command as export_command
 from edge_reasoner import errors
 from edge_reasoner.cli.main import cli
-from edge_reasoner.profile import list_profiles
+from edge_reasoner.contract.profile import list_profiles
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")

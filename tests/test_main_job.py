@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from edge_reasoner import InferenceClient, Reasoner
-from edge_reasoner.bundle.open import open_bundle
+from edge_reasoner.contract.bundle.open import open_bundle
 from edge_reasoner.server.reference import ReferenceModel, serving
 
 pytestmark = pytest.mark.real_model

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edge_reasoner.backends.base import DecoderSession, EncoderSession
-from edge_reasoner.bundle.manifest import DecoderSpec, EncoderSpec
+from edge_reasoner.contract.bundle.manifest import DecoderSpec, EncoderSpec
 from edge_reasoner.errors import BundleError
 
 

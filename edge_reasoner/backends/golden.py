@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_reasoner.backends.base import DecoderSession, EncoderSession
-from edge_reasoner.bundle.manifest import (
+from edge_reasoner.contract.bundle.manifest import (
     DecoderGolden,
     DecoderSpec,
     EncoderGolden,

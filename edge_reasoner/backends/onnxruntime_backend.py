@@ -23,7 +23,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from edge_reasoner.backends.base import Logits, TokenIds
 from edge_reasoner.backends.session_options import check_session_options
-from edge_reasoner.bundle.manifest import DecoderSpec, EncoderSpec
+from edge_reasoner.contract.bundle.manifest import DecoderSpec, EncoderSpec
 from edge_reasoner.errors import BackendError, BundleError, ContextOverflowError, InputError
 
 #: Longest input of one prefill call: longer calls are hardly faster but need more memory for activations.

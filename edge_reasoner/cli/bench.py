@@ -45,9 +45,9 @@ def bench(
     as_json: bool,
 ) -> None:
     """Measure BUNDLE on this machine: medians over --repeat runs of random prompts."""
-    from edge_reasoner.bundle.open import open_bundle
-    from edge_reasoner.measure import BenchOptions
-    from edge_reasoner.measure import bench as measure
+    from edge_reasoner.bench.bench import BenchOptions
+    from edge_reasoner.bench.bench import bench as measure
+    from edge_reasoner.contract.bundle.open import open_bundle
 
     if seed < 0:
         raise InputError(f"--seed: {seed} is not allowed; give 0 or more")
@@ -70,7 +70,7 @@ def bench(
 
 
 def _read_gbps(threads: int) -> float:
-    from edge_reasoner.profile.probe import measure_speed
+    from edge_reasoner.machine.probe import measure_speed
 
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return measure_speed(threads, memory_bytes, seconds=0.4).read_gbps

@@ -12,8 +12,8 @@ from edge_reasoner.cli.output import json_option, plain, print_json, waiting
 from edge_reasoner.errors import VerificationError
 
 if TYPE_CHECKING:
-    from edge_reasoner.assemble import Machine
-    from edge_reasoner.bundle.open import Bundle
+    from edge_reasoner.contract.bundle.open import Bundle
+    from edge_reasoner.query.assemble import Machine
 
 _component_option = click.option("--component", metavar="KIND", help="Only this component (reasoner, …).")
 
@@ -29,7 +29,7 @@ def bundle() -> None:
 @json_option
 def inspect(bundle: str, component: str | None, as_json: bool) -> None:
     """Show what BUNDLE's manifest says. File hashes are not computed: see verify."""
-    from edge_reasoner.bundle.open import open_bundle
+    from edge_reasoner.contract.bundle.open import open_bundle
 
     opened = open_bundle(bundle, verify="sizes")
     document = _document(opened, component)
@@ -50,7 +50,7 @@ def verify(bundle: str, component: str | None, no_run: bool, threads: int | None
 
     Exit status 2 if the bundle is corrupt, 3 if this machine does not reproduce the golden vectors.
     """
-    from edge_reasoner.bundle.open import open_bundle
+    from edge_reasoner.contract.bundle.open import open_bundle
 
     start_s = time.monotonic()
     machine = open_machine(threads)
@@ -80,7 +80,7 @@ def verify(bundle: str, component: str | None, no_run: bool, threads: int | None
 
 def _run_golden(opened: Bundle, machine: Machine, kind: str | None) -> list[dict[str, Any]]:
     """The self-test of every component (or one), from scratch: what an earlier one found does not count."""
-    from edge_reasoner.diagnose import check_kernels
+    from edge_reasoner.bench.doctor import check_kernels
 
     return [check.as_dict() for check in check_kernels(opened, machine, kind=kind, fresh=True)]
 
@@ -88,7 +88,7 @@ def _run_golden(opened: Bundle, machine: Machine, kind: str | None) -> list[dict
 def _document(opened: Bundle, kind: str | None) -> dict[str, Any]:
     import msgspec
 
-    from edge_reasoner.bundle.open import SIGNATURE_NAME
+    from edge_reasoner.contract.bundle.open import SIGNATURE_NAME
 
     manifest = opened.manifest
     parts = manifest.components if kind is None else (opened.component(kind),)

@@ -35,7 +35,7 @@ def cloud(
     A checkpoint is first exported in fp32, once. Prints `listening on http://HOST:PORT/v1` on standard error
     when it answers; Ctrl-C ends it.
     """
-    from edge_reasoner.reference_export import reference_bundle
+    from edge_reasoner.server.reference_export import reference_bundle
 
     try:
         from edge_reasoner.server.reference import ReferenceModel, serve

@@ -13,9 +13,9 @@ from edge_reasoner.errors import BackendError, VerificationError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from edge_reasoner.assemble import Machine
-    from edge_reasoner.bundle.open import Bundle
-    from edge_reasoner.diagnose import KernelCheck
+    from edge_reasoner.bench.doctor import KernelCheck
+    from edge_reasoner.contract.bundle.open import Bundle
+    from edge_reasoner.query.assemble import Machine
 
 
 @click.command()
@@ -30,10 +30,10 @@ def doctor(bundle: str | None, threads: int | None, retest: bool, as_json: bool)
     """
     import msgspec
 
-    from edge_reasoner.bundle.open import open_bundle
-    from edge_reasoner.diagnose import library_versions, machine_facts, warnings_of
-    from edge_reasoner.profile.isa import native_import_is_safe
-    from edge_reasoner.profile.state import read_state
+    from edge_reasoner.bench.doctor import library_versions, machine_facts, warnings_of
+    from edge_reasoner.contract.bundle.open import open_bundle
+    from edge_reasoner.machine.isa import native_import_is_safe
+    from edge_reasoner.machine.state import read_state
 
     machine = open_machine(threads)
     opened = None if bundle is None else open_bundle(bundle)
@@ -61,7 +61,7 @@ def doctor(bundle: str | None, threads: int | None, retest: bool, as_json: bool)
 
 
 def _kernels(opened: Bundle, machine: Machine, retest: bool) -> list[KernelCheck]:
-    from edge_reasoner.diagnose import check_kernels
+    from edge_reasoner.bench.doctor import check_kernels
 
     return check_kernels(opened, machine, fresh=retest)
 

@@ -30,7 +30,7 @@ _COMMANDS = {
     "chat": "edge_reasoner.cli.chat:chat",
     "cloud": "edge_reasoner.cli.cloud:cloud",
     "doctor": "edge_reasoner.cli.doctor:doctor",
-    "eval": "edge_reasoner.cli.evaluate_command:evaluate",
+    "eval": "edge_reasoner.cli.eval:evaluate",
     "profiles": "edge_reasoner.cli.profiles:profiles",
 }
 

@@ -13,10 +13,10 @@ from edge_reasoner.cli.output import waiting
 from edge_reasoner.errors import InputError
 
 if TYPE_CHECKING:
-    from edge_reasoner.assemble import Machine
-    from edge_reasoner.bundle.open import Bundle
     from edge_reasoner.cloud.base import CloudPrice
+    from edge_reasoner.contract.bundle.open import Bundle
     from edge_reasoner.engine.sampling import SamplingParams
+    from edge_reasoner.query.assemble import Machine
     from edge_reasoner.reasoner import Reasoner
 
 Function = Callable[..., Any]
@@ -113,8 +113,8 @@ def open_reasoner(bundle: str | Bundle, *, mode: str, options: dict[str, Any]) -
 
 def open_machine(threads: int | None) -> Machine:
     """The machine at hand with that many threads (default: its cores). Raises InputError."""
-    from edge_reasoner.assemble import Machine, default_threads
-    from edge_reasoner.bundle.activate import default_cache_dir
+    from edge_reasoner.activation.activate import default_cache_dir
+    from edge_reasoner.query.assemble import Machine, default_threads
 
     if threads is not None and threads < 1:
         raise InputError(f"--threads: {threads} is not allowed; give 1 or more")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from edge_reasoner.answer import Answer
+    from edge_reasoner.query.answer import Answer
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object.")
 

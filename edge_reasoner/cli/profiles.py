@@ -14,16 +14,16 @@ import msgspec
 from rich.console import Console
 from rich.table import Column, Table
 
-from edge_reasoner.errors import InputError
-from edge_reasoner.profile.load import (
+from edge_reasoner.contract.profile.load import (
     dump_profile_toml,
     list_profiles,
     load_profile,
     parse_profile,
     profile_sha256,
 )
-from edge_reasoner.profile.schema import DeviceProfile, Figure, Runtime
-from edge_reasoner.profile.state import MachineState, read_state
+from edge_reasoner.contract.profile.schema import DeviceProfile, Figure, Runtime
+from edge_reasoner.errors import InputError
+from edge_reasoner.machine.state import MachineState, read_state
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object.")
 
@@ -85,7 +85,7 @@ def validate_command(file: Path, as_json: bool) -> None:
 @_json_option
 def probe_command(out: Path | None, name: str | None, as_json: bool) -> None:
     """Measure this machine (about three seconds) and write a profile of it."""
-    from edge_reasoner.profile.probe import probe_machine  # numpy: not for `list` and `show`
+    from edge_reasoner.machine.probe import probe_machine  # numpy: not for `list` and `show`
 
     name = name or (out.stem.lower() if out else "this-machine")
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", name):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from edge_reasoner.contract.template.render import ChatTemplate, Message
 from edge_reasoner.engine.generate import Engine, TokenStream, never_cancelled
 from edge_reasoner.engine.sampling import SamplingParams
-from edge_reasoner.engine.template import ChatTemplate, Message
 from edge_reasoner.engine.tokens import TextTokenizer
 from edge_reasoner.errors import InputError
 

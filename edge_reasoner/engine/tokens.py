@@ -1,71 +1,24 @@
-"""Text to token ids and back, including text that arrives one token at a time.
-
-A tokenizer folder of a bundle holds
-
-    tokenizer.json          the Hugging Face `tokenizers` definition (its truncation and padding are ignored)
-    tokenizer_config.json   a `TokenizerConfig`: strict JSON, unknown fields refused
-    chat_template.jinja     optional; see `engine/template.py`
-"""
+"""Text to token ids and back, including text that arrives one token at a time."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
-from msgspec import Meta
 from tokenizers import Tokenizer
 
+from edge_reasoner.contract.bundle.tokenizer_files import (
+    MAX_TOKENIZER_BYTES,
+    TOKENIZER_CONFIG_FILE,
+    TokenizerConfig,
+)
 from edge_reasoner.errors import BundleError, InputError
 
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-#: Gemma 3's tokenizer.json (262 k tokens with merges) is 33 MB.
-MAX_TOKENIZER_BYTES = 96 * 1024 * 1024
-MAX_TOKENIZER_CONFIG_BYTES = 64 * 1024
 #: A text longer than this is refused before it is tokenized.
 MAX_TEXT_CHARS = 4_000_000
 
 _REPLACEMENT = "\ufffd"
-
-TokenText = Annotated[str, Meta(min_length=1, max_length=200)]
-
-
-class TokenizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a tokenizer.json does not say: special tokens by role, as chat templates name them.
-
-    `add_bos`: a raw prompt (no chat template) starts with `bos_token`. Templates write their own.
-    """
-
-    add_bos: bool = False
-    bos_token: TokenText | None = None
-    eos_token: TokenText | None = None
-    unk_token: TokenText | None = None
-    pad_token: TokenText | None = None
-
-    def special_tokens(self) -> dict[str, str]:
-        """The tokens that are set, under the names chat templates use (`bos_token`, `eos_token`, …)."""
-        named = {
-            "bos_token": self.bos_token,
-            "eos_token": self.eos_token,
-            "unk_token": self.unk_token,
-            "pad_token": self.pad_token,
-        }
-        return {name: token for name, token in named.items() if token is not None}
-
-
-def parse_tokenizer_config(data: bytes, where: str) -> TokenizerConfig:
-    """Strictly parses `tokenizer_config.json`. Raises BundleError naming the field."""
-    if len(data) > MAX_TOKENIZER_CONFIG_BYTES:
-        raise BundleError(f"{where}: {len(data)} bytes; at most {MAX_TOKENIZER_CONFIG_BYTES} are allowed")
-    try:
-        config = msgspec.json.decode(data, type=TokenizerConfig)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{where}: {error}") from error
-    if config.add_bos and config.bos_token is None:
-        raise BundleError(f"{where}: add_bos is true but bos_token is not set")
-    return config
 
 
 class TextTokenizer:

@@ -85,7 +85,7 @@ def command(
     threads: int | None, **chosen: Any,
 ) -> None:  # fmt: skip
     """Export MODEL (a Hugging Face directory, a .gguf file or a hub id) for one or more boards."""
-    from edge_reasoner.profile import load_profile
+    from edge_reasoner.contract.profile import load_profile
 
     # Names are checked before torch is imported: a typing error costs no seconds.
     boards = [load_profile(name) for name in profiles]

@@ -18,9 +18,11 @@ from edge_export.checkpoint.hub import resolve_model
 from edge_export.checkpoint.load import DecoderCheckpoint, detect, find_model, load_checkpoint
 from edge_export.checkpoint.tokenizer import limit_vocabulary, load_tokenizer_files
 from edge_export.checkpoint.tokenizer_files import TokenizerFiles
-from edge_export.decoder import PlannedDecoder, Texts, export_stage, plan_stage
-from edge_export.encoder import LoweredEncoder, encoder_golden, encoder_quality, lower_encoder
-from edge_export.pack.bundle import (
+from edge_export.data.texts import TextSet, calibration_text, probe_text, read_text_set, to_token_batches
+from edge_export.plan.plan import RECIPES, Recipe
+from edge_export.stages.decoder import PlannedDecoder, Texts, export_stage, plan_stage
+from edge_export.stages.encoder import LoweredEncoder, encoder_golden, encoder_quality, lower_encoder
+from edge_export.stages.pack import (
     MAX_TEMPLATE_BYTES,
     bundle_bytes,
     check_destination,
@@ -30,15 +32,13 @@ from edge_export.pack.bundle import (
     write_manifest,
     write_tokenizer,
 )
-from edge_export.pack.report import render_report
-from edge_export.plan.plan import RECIPES, Recipe
-from edge_export.texts import TextSet, calibration_text, probe_text, read_text_set, to_token_batches
+from edge_export.stages.report import render_report
 from edge_reasoner.backends.golden import try_encoder
 from edge_reasoner.backends.onnxruntime_backend import OrtEncoderSession
-from edge_reasoner.bundle.manifest import Component, Manifest, Predicted, Source
+from edge_reasoner.contract.bundle.manifest import Component, Manifest, Predicted, Source
+from edge_reasoner.contract.profile import DeviceProfile, load_profile, profile_sha256
+from edge_reasoner.contract.profile.cost import GraphCost, predict, predict_encoder
 from edge_reasoner.errors import CheckFailedError, InputError, TargetError, VerificationError
-from edge_reasoner.profile import DeviceProfile, load_profile, profile_sha256
-from edge_reasoner.profile.cost import GraphCost, predict, predict_encoder
 
 Task = Literal["auto", "causal-lm", "encoder"]
 Progress = Callable[[str, int, int], None]

@@ -18,7 +18,7 @@ checkout=$(cd "$here/../.." && pwd)
 unit_time_out_s=900
 bundle_time_out_s=900
 unit_tests=(tests/edge_reasoner/backends tests/edge_reasoner/bundle tests/edge_reasoner/preprocess
-  tests/edge_reasoner/profile/test_isa.py tests/edge_reasoner/engine/test_tokens.py
+  tests/edge_reasoner/machine/test_isa.py tests/edge_reasoner/engine/test_tokens.py
   tests/edge_reasoner/engine/test_generate.py)
 
 fail() {

@@ -14,11 +14,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from edge_reasoner.assemble import open_tokenizer
+from edge_reasoner.activation.activate import Activated, activate
 from edge_reasoner.backends.base import DecoderSession, EncoderSession
-from edge_reasoner.bundle.activate import Activated, activate
-from edge_reasoner.bundle.manifest import MAX_GOLDEN_BYTES, DecoderSpec, parse_golden
-from edge_reasoner.bundle.open import Bundle, open_bundle
+from edge_reasoner.contract.bundle.manifest import MAX_GOLDEN_BYTES, DecoderSpec, parse_golden
+from edge_reasoner.contract.bundle.open import Bundle, open_bundle
+from edge_reasoner.query.assemble import open_tokenizer
 
 PROMPTS = ("The capital of France is", "Two plus three makes", "Water boils at")
 NEW_TOKENS = 8

@@ -22,8 +22,8 @@ from kernels import Case, build, measure
 from replay import CONTEXT_TOKENS, Recorded, logits_along, open_component
 
 from edge_reasoner import Reasoner
-from edge_reasoner.bundle.open import open_bundle
-from edge_reasoner.profile.isa import isa_features, native_import_is_safe
+from edge_reasoner.contract.bundle.open import open_bundle
+from edge_reasoner.machine.isa import isa_features, native_import_is_safe
 
 CPU = os.environ["EDGE_REASONER_ARM_CPU"]
 BUNDLE = Path(os.environ["EDGE_REASONER_DEMO_BUNDLE"])

@@ -16,7 +16,7 @@ from support.tiny_models import make_model, write_gguf
 
 from edge_export.cli import main
 from edge_export.reference import export_reference
-from edge_reasoner.bundle.open import open_bundle
+from edge_reasoner.contract.bundle.open import open_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 BOARD = ("--profile", "generic-x86", "--threads", "1")

@@ -16,13 +16,13 @@ from support.tiny_checkpoints import TEMPLATE, VOCAB, save_checkpoint, tokenizer
 from support.tiny_models import logits_of, make_model, write_gguf
 
 from edge_export.pipeline import ExportOptions, export
+from edge_reasoner.activation.activate import activate
 from edge_reasoner.backends.golden import try_decoder
 from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession
-from edge_reasoner.bundle.activate import activate
-from edge_reasoner.bundle.manifest import MAX_GOLDEN_BYTES, parse_golden
-from edge_reasoner.bundle.open import open_bundle
+from edge_reasoner.contract.bundle.manifest import MAX_GOLDEN_BYTES, parse_golden
+from edge_reasoner.contract.bundle.open import open_bundle
+from edge_reasoner.contract.profile import load_profile
 from edge_reasoner.errors import CheckFailedError, InputError, TargetError
-from edge_reasoner.profile import load_profile
 
 BOARD = "generic-x86"
 

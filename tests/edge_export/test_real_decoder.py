@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from edge_export.pipeline import ExportOptions, export
 from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession
-from edge_reasoner.bundle.open import open_bundle
+from edge_reasoner.contract.bundle.open import open_bundle
 
 pytestmark = pytest.mark.real_model
 VOCAB, LAYERS, HEAD_DIM = 49152, 30, 64

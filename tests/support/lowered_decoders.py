@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 
 from edge_export.lower.decoder_onnx import GraphOptions, write_decoder_graph
-from edge_export.lower.decoder_weights import StoredDecoder, store_decoder
-from edge_export.lower.graph import ExternalData
 from edge_export.model.config import DecoderConfig, TensorSource
 from edge_export.model.tensors import parameter_count
 from edge_export.plan.plan import plan_decoder
+from edge_export.stages.store_decoder import store_decoder
+from edge_export.storage.decoder import StoredDecoder
+from edge_export.storage.external_data import ExternalData
 from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession
-from edge_reasoner.bundle.manifest import DecoderSpec
-from edge_reasoner.profile import DeviceProfile
+from edge_reasoner.contract.bundle.manifest import DecoderSpec
+from edge_reasoner.contract.profile import DeviceProfile
 
 
 class MemorySource:

@@ -10,11 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+from edge_reasoner.activation.activate import activate
 from edge_reasoner.backends.golden import try_decoder
 from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession, runtime_version
-from edge_reasoner.bundle.activate import activate
-from edge_reasoner.bundle.manifest import MAX_GOLDEN_BYTES, parse_golden
-from edge_reasoner.bundle.open import open_bundle
+from edge_reasoner.contract.bundle.manifest import MAX_GOLDEN_BYTES, parse_golden
+from edge_reasoner.contract.bundle.open import open_bundle
 
 
 def _main(path: str, cache: str) -> None:

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from support import tiny_graphs as tiny
 
-from edge_reasoner.bundle.manifest import (
+from edge_reasoner.contract.bundle.manifest import (
     Component,
     DecoderGolden,
     EncoderGolden,

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_reasoner.bundle.manifest import DecoderSpec, EncoderSpec
+from edge_reasoner.contract.bundle.manifest import DecoderSpec, EncoderSpec
 
 BLOCK = 32
 MS = "com.microsoft"

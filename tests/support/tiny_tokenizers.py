@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from edge_reasoner.engine.tokens import TextTokenizer, TokenizerConfig
+from edge_reasoner.contract.bundle.tokenizer_files import TokenizerConfig
+from edge_reasoner.engine.tokens import TextTokenizer
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog, then the fox rests",

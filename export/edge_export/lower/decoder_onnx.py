@@ -3,7 +3,7 @@
 Per layer: SkipSimplifiedLayerNormalization → packed QKV → GroupQueryAttention (rotary inside, KV buffers
 shared between past and present) → output projection → SkipSimplifiedLayerNormalization → gated MLP. Tied
 embeddings exist once. Only the positions that the caller wants logits for reach the last layer's MLP and the
-head. The contract of inputs and outputs is `edge_reasoner.bundle.manifest.DecoderSpec`.
+head. The contract of inputs and outputs is `edge_reasoner.contract.bundle.manifest.DecoderSpec`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from edge_export.lower.graph import MICROSOFT, ExternalData, GraphWriter
-from edge_export.lower.weights import (
+from edge_export.lower.graph import MICROSOFT, GraphWriter
+from edge_export.lower.weights import WeightReader, ir_float
+from edge_export.model.config import DecoderConfig, LayerConfig, Rope
+from edge_export.model.rope import rope_tables
+from edge_export.storage.external_data import ExternalData
+from edge_export.storage.matrices import (
     DenseMatrix,
     FloatType,
     StoredMatrix,
-    WeightReader,
-    ir_float,
     store_dense,
 )
-from edge_export.model.config import DecoderConfig, LayerConfig, Rope
-from edge_export.model.rope import rope_tables
 
 _LAST = np.iinfo(np.int64).max
 #: Added to the score of a key outside the window: exp of it is 0 beside any real score, and float16 holds it.

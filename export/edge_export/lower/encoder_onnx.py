@@ -3,7 +3,7 @@
 Per layer: packed QKV → MultiHeadAttention (its bias inside, padding masked by key) → output projection →
 SkipLayerNormalization (bias inside) → up → BiasGelu (exact erf) → down → SkipLayerNormalization. Pooling and
 L2 normalization end the graph. Arithmetic is float32 whatever the weights are stored in. The contract of
-inputs and output is `edge_reasoner.bundle.manifest.EncoderSpec`.
+inputs and output is `edge_reasoner.contract.bundle.manifest.EncoderSpec`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_export.lower.graph import MICROSOFT, GraphWriter
-from edge_export.lower.weights import BlockMatrix, DenseMatrix, StoredMatrix, WeightReader
+from edge_export.lower.weights import WeightReader
 from edge_export.model.config import EncoderConfig
+from edge_export.storage.matrices import BlockMatrix, DenseMatrix, StoredMatrix
 
 #: `com.microsoft` operators beside those that read the weights.
 _FUSED_OPS = frozenset({"BiasGelu", "MultiHeadAttention", "SkipLayerNormalization"})

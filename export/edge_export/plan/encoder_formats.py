@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal, get_args
 
-from edge_export.lower.weights import FloatType
 from edge_export.model.config import EncoderConfig
 from edge_export.quantize import BlockFormat
+from edge_export.storage.matrices import FloatType
 from edge_reasoner.errors import InputError
 
 EncoderRecipe = Literal["fp32", "fp16", "int8", "mixed", "int4"]

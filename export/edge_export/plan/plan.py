@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from edge_export.lower.weights import FloatType
 from edge_export.model.config import DecoderConfig
 from edge_export.plan.analysis import Analysis
 from edge_export.plan.units import Unit, decoder_units, small_parameters
 from edge_export.quantize import BlockFormat
+from edge_export.storage.matrices import FloatType
+from edge_reasoner.contract.profile import DeviceProfile
 from edge_reasoner.errors import InputError, TargetError
-from edge_reasoner.profile import DeviceProfile
 
 Recipe = Literal["auto", "fp32", "fp16", "int8", "int4", "mixed"]
 RECIPES: tuple[str, ...] = get_args(Recipe)

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from edge_export.lower.decoder_weights import StoredDecoder
-from edge_export.lower.weights import stored_rows
 from edge_export.model.config import DecoderConfig, TensorSource
 from edge_export.model.layer import soft_cap
 from edge_export.model.stream import DEFAULT_CHUNK_ROWS, head_name
+from edge_export.storage.decoder import StoredDecoder
+from edge_export.storage.matrices import stored_rows
 from edge_reasoner.backends.base import DecoderSession
-from edge_reasoner.bundle.manifest import DecoderGolden, GoldenCheck, GoldenSet
+from edge_reasoner.contract.bundle.manifest import DecoderGolden, GoldenCheck, GoldenSet
 
 #: Of each golden position: the logits of so many best tokens, and of so many others spread over the rest.
 _BEST_TOKENS, _OTHER_TOKENS = 32, 96

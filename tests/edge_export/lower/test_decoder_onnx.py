@@ -13,10 +13,10 @@ from support.tiny_models import CASES, close, logits_of, make_model, tokens
 
 from edge_export.checkpoint.load import load_checkpoint
 from edge_export.lower.decoder_onnx import GraphOptions, write_decoder_graph
-from edge_export.lower.weights import stored_rows
 from edge_export.model.decoder import Decoder
+from edge_export.storage.matrices import stored_rows
 from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession
-from edge_reasoner.profile import list_profiles, load_profile
+from edge_reasoner.contract.profile import list_profiles, load_profile
 
 PROFILE = load_profile("generic-x86")
 #: registered by onnxruntime in the standard domain, of which it is no part

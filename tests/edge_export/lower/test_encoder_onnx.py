@@ -11,11 +11,11 @@ import torch
 from support.tiny_berts import SHAPES, embed_with_transformers, make_bert, random_batch
 
 from edge_export.checkpoint.bert import load_encoder
-from edge_export.encoder import StoredSource, lower_encoder
 from edge_export.lower.encoder_onnx import encoder_contrib_ops
 from edge_export.model.encoder import Encoder
 from edge_export.plan.encoder_formats import ENCODER_RECIPES, encoder_formats
-from edge_reasoner.profile.load import load_profile
+from edge_export.stages.encoder import StoredSource, lower_encoder
+from edge_reasoner.contract.profile.load import load_profile
 
 LENGTHS = (17, 3, 40, 1, 26)
 PROFILE = load_profile("generic-x86")

@@ -26,8 +26,8 @@ from edge_export.plan.plan import (
 )
 from edge_export.plan.units import decoder_units
 from edge_export.quantize import InputStatistics
+from edge_reasoner.contract.profile import load_profile
 from edge_reasoner.errors import InputError, TargetError
-from edge_reasoner.profile import load_profile
 
 PROFILE = load_profile("generic-x86")
 SHA = "0" * 64

@@ -14,9 +14,9 @@ from support.lowered_decoders import lower_decoder, quiet
 from support.tiny_models import logits_of, make_model, tokens
 
 from edge_export.checkpoint.load import load_checkpoint
-from edge_export.decoder import _verify
 from edge_export.lower.decoder_onnx import GraphOptions, write_decoder_graph
 from edge_export.model.stream import stream_hidden
+from edge_export.stages.decoder import _verify
 from edge_export.verify.decoder import (
     decoder_golden,
     golden_sequences,
@@ -27,9 +27,9 @@ from edge_export.verify.decoder import (
 from edge_export.verify.tolerance import EXACT, FAST
 from edge_reasoner.backends.golden import check_golden
 from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession
-from edge_reasoner.bundle.manifest import Variant
+from edge_reasoner.contract.bundle.manifest import Variant
+from edge_reasoner.contract.profile import load_profile
 from edge_reasoner.errors import VerificationError
-from edge_reasoner.profile import load_profile
 
 PROFILE = load_profile("generic-x86")
 

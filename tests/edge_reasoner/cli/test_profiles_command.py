@@ -6,8 +6,8 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from edge_reasoner.cli.profiles import profiles
+from edge_reasoner.contract.profile.load import list_profiles, load_profile, profile_sha256
 from edge_reasoner.errors import InputError, ProfileError
-from edge_reasoner.profile.load import list_profiles, load_profile, profile_sha256
 
 HOSTILE = Path(__file__).parents[2] / "hostile" / "profiles"
 

@@ -9,12 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_tokenizers import TEXTS, byte_level, sentencepiece, wrap
 
-from edge_reasoner.engine.tokens import (
-    IncrementalDecoder,
-    TextTokenizer,
-    TokenizerConfig,
-    parse_tokenizer_config,
-)
+from edge_reasoner.contract.bundle.tokenizer_files import TokenizerConfig, parse_tokenizer_config
+from edge_reasoner.engine.tokens import IncrementalDecoder, TextTokenizer
 from edge_reasoner.errors import BundleError, InputError
 
 KINDS = {

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from support import tiny_graphs as tiny
 from support.tiny_bundle import TOKENS, decoder_golden, relist, reseal, write_bundle
 
-from edge_reasoner.bundle.onnx_scan import scan_graph
-from edge_reasoner.bundle.open import open_bundle
-from edge_reasoner.bundle.tar import open_bundle_or_tar, unpack_bundle
+from edge_reasoner.contract.bundle.onnx_scan import scan_graph
+from edge_reasoner.contract.bundle.open import open_bundle
+from edge_reasoner.contract.bundle.tar import open_bundle_or_tar, unpack_bundle
 from edge_reasoner.errors import BundleError
 
 

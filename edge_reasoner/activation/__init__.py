@@ -1,0 +1,1 @@
+"""The choice of a variant by a self-test on this machine."""

@@ -1,0 +1,160 @@
+"""The activation self-test: which kernel configuration reproduces the golden vectors, and which is fastest.
+
+A kernel is not trusted before it has been checked on this machine: int4 MatMulNBits at accuracy level 4,
+with several tokens at once, gives a wrong argmax through KleidiAI under an emulated Cortex-A76, while the
+same graph agrees with `mlas.disable_kleidiai=1`. So every configuration must reproduce the logits that the
+exporter computed with torch, for a prefill of several tokens and token by token; the fastest that does is
+taken. Candidates marked `reference` (slow arithmetic) are tried only if no other passes. One session is open
+at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
+
+from edge_reasoner.backends.golden import Trial
+from edge_reasoner.contract.bundle.manifest import Variant
+from edge_reasoner.errors import BackendError, BundleError, VerificationError
+
+#: A later configuration must need less than this share of the best time so far, or noise would decide.
+_WORTHWHILE = 0.97
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+S = TypeVar("S", bound=_Closable)
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One variant with one set of session options."""
+
+    variant_id: str
+    session_options: dict[str, str]
+    reference: bool = False
+
+
+class CandidateReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What became of one candidate; `error` and `step_ms` as in `Trial`, None where it got not so far."""
+
+    variant_id: str
+    session_options: dict[str, str]
+    passed: bool
+    reason: str
+    error: float | None = None
+    step_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[S]):
+    """The winner with its session still open, and a report for every candidate that was tried."""
+
+    session: S
+    candidate: Candidate
+    reports: tuple[CandidateReport, ...]
+
+
+def list_candidates(
+    variants: Sequence[Variant],
+    generic_options: Sequence[Mapping[str, str]],
+    last_resort_options: Sequence[Mapping[str, str]] = (),
+) -> tuple[Candidate, ...]:
+    """Every variant as it stands and with each of the generic options added; variants in their order.
+
+    With `last_resort_options` added, a variant is a reference candidate, like those that the bundle marks.
+    """
+    plain = [(variant, extra, variant.reference) for variant in variants for extra in ({}, *generic_options)]
+    fast = [variant for variant in variants if not variant.reference]
+    slow = [(variant, extra, True) for variant in fast for extra in last_resort_options]
+    result: list[Candidate] = []
+    for variant, extra, reference in (*plain, *slow):
+        candidate = Candidate(
+            variant_id=variant.id,
+            session_options={**variant.session_options, **extra},
+            reference=reference,
+        )
+        if candidate not in result:
+            result.append(candidate)
+    return tuple(result)
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    open_candidate: Callable[[Candidate], S],
+    run_trial: Callable[[S], Trial],
+) -> Outcome[S]:
+    """The fastest candidate that passes its trial; reference candidates only if no other does.
+
+    Raises VerificationError, naming each candidate's problem, when none passes.
+    """
+    reports: list[CandidateReport] = []
+    for reference in (False, True):
+        group = [candidate for candidate in candidates if candidate.reference is reference]
+        if (winner := _fastest(group, open_candidate, run_trial, reports)) is not None:
+            session, candidate = winner
+            return Outcome(session, candidate, tuple(reports))
+    tried = "; ".join(f"{r.variant_id} {_options_text(r.session_options)}: {r.reason}" for r in reports)
+    raise VerificationError(
+        f"no configuration reproduces the golden vectors on this machine: {tried or 'no usable variant'}"
+    )
+
+
+def _options_text(options: Mapping[str, str]) -> str:
+    return (
+        f"({', '.join(f'{key}={value}' for key, value in sorted(options.items()))})" if options else "(as is)"
+    )
+
+
+def _fastest(
+    group: Sequence[Candidate],
+    open_candidate: Callable[[Candidate], S],
+    run_trial: Callable[[S], Trial],
+    reports: list[CandidateReport],
+) -> tuple[S, Candidate] | None:
+    """Tries a group, appending to `reports`; at most one session is open at a time, to bound the memory."""
+    best: tuple[float, Candidate] | None = None
+    held: tuple[S, Candidate] | None = None
+    for candidate in group:
+        if held is not None:
+            held[0].close()
+        session, report = _try(candidate, open_candidate, run_trial)
+        held = None if session is None else (session, candidate)
+        reports.append(report)
+        if report.step_ms is not None and (best is None or report.step_ms < best[0] * _WORTHWHILE):
+            best = report.step_ms, candidate
+    if held is not None and best is not None and held[1] is best[1]:
+        return held
+    if held is not None:
+        held[0].close()
+    return None if best is None else (open_candidate(best[1]), best[1])
+
+
+def _try(
+    candidate: Candidate, open_candidate: Callable[[Candidate], S], run_trial: Callable[[S], Trial]
+) -> tuple[S | None, CandidateReport]:
+    """One candidate's report, and its session if it opened."""
+    session: S | None = None
+    try:
+        session = open_candidate(candidate)
+        trial = run_trial(session)
+    except (BackendError, BundleError) as error:
+        return session, CandidateReport(
+            variant_id=candidate.variant_id,
+            session_options=candidate.session_options,
+            passed=False,
+            reason=str(error),
+        )
+    return session, CandidateReport(
+        variant_id=candidate.variant_id,
+        session_options=candidate.session_options,
+        passed=not trial.problem,
+        reason=trial.problem or "reproduces the golden vectors",
+        error=trial.error if math.isfinite(trial.error) else None,
+        step_ms=trial.step_ms,
+    )

@@ -1,0 +1,1 @@
+"""What measures and checks a bundle on this machine."""

@@ -1,0 +1,132 @@
+"""`edge-reasoner eval`: how often a bundle is right."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_reasoner.cli.options import (
+    bundle_argument,
+    cloud_options,
+    mode_option,
+    open_machine,
+    open_reasoner,
+    threads_option,
+)
+from edge_reasoner.cli.output import json_option, plain, print_json, progress_bar, waiting
+from edge_reasoner.errors import InputError
+
+if TYPE_CHECKING:
+    from edge_reasoner.bench.eval import Result
+    from edge_reasoner.bench.questions import Question
+    from edge_reasoner.contract.bundle.open import Bundle
+    from edge_reasoner.engine.sampling import SamplingParams
+
+
+@click.command("eval")
+@bundle_argument
+@click.option(
+    "--data",
+    "data",
+    required=True,
+    metavar="FILE.jsonl",
+    type=click.Path(path_type=Path),
+    help="The questions.",
+)
+@click.option("--limit", type=int, help="Only the first N rows.")
+@cloud_options
+@mode_option("local", "auto", "cloud", default="local")
+@click.option(
+    "--metric",
+    type=click.Choice(("auto", "choice", "number", "exact")),
+    default="auto",
+    show_default=True,
+    help="auto: choice for rows with choices, number for numeric answers, else exact.",
+)
+@click.option("--max-tokens", type=int, default=256, show_default=True, help="Longest generated answer.")
+@threads_option
+@json_option
+def evaluate(
+    bundle: str,
+    data: Path,
+    limit: int | None,
+    mode: str,
+    metric: str,
+    max_tokens: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Score BUNDLE on questions with known answers.
+
+    Rows: {"question", "choices": […], "answer": index}, scored locally by length-normalized log-likelihood
+    of the choices (modes auto and cloud ask for the letter); or {"question", "answer": "…"}: generated, and
+    compared by the last number or as a whole.
+    """
+    from edge_reasoner.bench.eval import summarize
+    from edge_reasoner.bench.questions import read_questions
+    from edge_reasoner.contract.bundle.open import open_bundle
+    from edge_reasoner.engine.sampling import SamplingParams
+
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit: {limit} is not allowed; give 1 or more")
+    params = SamplingParams(max_tokens=max_tokens)
+    questions = read_questions(data, metric=metric, limit=limit)
+    start_s = time.monotonic()
+    with waiting(f"checking {bundle} …"):
+        opened = open_bundle(bundle)
+    results = _results(opened, questions, mode, params, options)
+    document = {
+        **summarize(results),
+        "mode": mode,
+        "model": opened.manifest.source.name,
+        "bundle_id": opened.manifest.bundle_id,
+        "data": str(data),
+        "seconds": time.monotonic() - start_s,
+    }
+    if as_json:
+        print_json(document)
+    else:
+        _show(document)
+
+
+def _results(
+    opened: Bundle, questions: list[Question], mode: str, params: SamplingParams, options: dict[str, Any]
+) -> list[Result]:
+    """Scored choices first, then generated answers: one session at a time."""
+    from edge_reasoner.bench.eval import ask_questions, score_choices
+
+    machine = open_machine(options["threads"])
+    scored = [question for question in questions if question.choices and mode == "local"]
+    asked = [question for question in questions if not (question.choices and mode == "local")]
+    results: list[Result] = []
+    with progress_bar() as progress:
+        task = progress.add_task("scoring", total=len(questions))
+        if scored:
+            results += score_choices(opened, machine, scored, lambda: progress.advance(task))
+        if asked:
+            with open_reasoner(opened, mode=mode, options=options) as reasoner:
+                results += ask_questions(reasoner, asked, params, lambda: progress.advance(task))
+    return results
+
+
+def _show(document: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    stderr = "" if document["stderr"] is None else f" ± {100 * document['stderr']:.1f}"
+    title = f"{plain(document['model'])}: {100 * document['accuracy']:.1f}{stderr} % of {document['n']}"
+    table = Table("part", Column("n", justify="right"), Column("right %", justify="right"), title=title)
+    for kind in ("by_metric", "by_source"):
+        for name, part in document[kind].items():
+            table.add_row(plain(f"{kind[3:]} {name}"), str(part["n"]), f"{100 * part['accuracy']:.1f}")
+    console = Console()
+    console.print(table)
+    if document["acc"] is not None:
+        console.print(f"unnormalized {100 * document['acc']:.1f} %; headline: {document['normalization']}")
+    usd = "unknown" if document["usd"] is None else f"{document['usd']:.6f}"
+    console.print(
+        f"escalated {100 * document['escalated_share']:.1f} %, US$ {usd}, {document['seconds']:.1f} s"
+    )

@@ -1,0 +1,1 @@
+"""What exporter and device agree on: bundles and device profiles."""

@@ -1,0 +1,1 @@
+"""The bundle: its manifest, its graphs, and opening it without trust."""

@@ -1,0 +1,110 @@
+"""How many bytes of a graph's weights one decode step reads.
+
+Tables of which a step reads single rows (an untied input embedding, rotary tables) are not streamed. Meant
+for a bundle that `open_bundle` has checked; field numbers as in `onnx_scan`, and NodeProto input 1,
+TensorProto raw_data 9, name 8.
+"""
+
+from __future__ import annotations
+
+import mmap
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_reasoner.contract.bundle.onnx_scan import scan_graph
+from edge_reasoner.contract.bundle.open import Bundle
+from edge_reasoner.errors import BundleError
+
+#: operators that read single rows of the tables given to them
+_ROW_READERS = frozenset({"Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding"})
+_GRAPH, _NODE, _INITIALIZER = 7, 1, 5
+_NODE_INPUT, _NODE_OP_TYPE = 1, 4
+_TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 8, 9, 13
+
+
+@dataclass(frozen=True)
+class GraphBytes:
+    """`stored`: the graph and its weights as files; `streamed`: the part that each decode step reads."""
+
+    stored: int
+    streamed: int
+
+
+def graph_bytes(bundle: Bundle, graph: str) -> GraphBytes:
+    """Of a graph that the manifest lists. Raises BundleError when it cannot be read."""
+    path: Path = bundle.path_of(graph)
+    try:
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as data,
+        ):
+            locations = scan_graph(data, graph).locations
+            streamed = sum(_streamed(data))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{graph}: cannot be read: {error}") from error
+    folder = posixpath.dirname(graph)
+    files = {graph, *(posixpath.normpath(posixpath.join(folder, name)) for name in locations)}
+    return GraphBytes(sum(bundle.entry(name).size_bytes for name in files), streamed)
+
+
+def _streamed(model: memoryview) -> Iterator[int]:
+    sizes: dict[str, int] = {}
+    by_rows: set[str] = set()
+    whole: set[str] = set()
+    for graph in _messages(model, _GRAPH):
+        for tensor in _messages(graph, _INITIALIZER):
+            sizes[_text(tensor, _TENSOR_NAME)] = _tensor_bytes(tensor)
+        for node in _messages(graph, _NODE):
+            inputs = {str(value, "utf-8") for value in _messages(node, _NODE_INPUT)}
+            (by_rows if _text(node, _NODE_OP_TYPE) in _ROW_READERS else whole).update(inputs)
+    for name, size in sizes.items():
+        if name in whole or name not in by_rows:
+            yield size
+
+
+def _tensor_bytes(tensor: memoryview) -> int:
+    raw = sum(len(value) for value in _messages(tensor, _TENSOR_RAW))
+    external = 0
+    for entry in _messages(tensor, _TENSOR_EXTERNAL):
+        if _text(entry, 1) == "length":
+            external = int(_text(entry, 2))
+    return raw + external
+
+
+def _text(message: memoryview, number: int) -> str:
+    text = b""
+    for value in _messages(message, number):
+        text = bytes(value)  # the last occurrence counts
+    return text.decode("utf-8")
+
+
+def _messages(data: memoryview, wanted: int) -> Iterator[memoryview]:
+    """Length-delimited fields of that number."""
+    position = 0
+    while position < len(data):
+        key, position = _varint(data, position)
+        kind = key & 7
+        if kind == 2:
+            length, position = _varint(data, position)
+            if key >> 3 == wanted:
+                yield data[position : position + length]
+            position += length
+        elif kind == 0:
+            _, position = _varint(data, position)
+        else:
+            position += 8 if kind == 1 else 4
+
+
+def _varint(data: memoryview, position: int) -> tuple[int, int]:
+    value = 0
+    for offset in range(10):
+        if position + offset >= len(data):
+            break
+        byte = data[position + offset]
+        value |= (byte & 0x7F) << (7 * offset)
+        if byte < 0x80:
+            return value, position + offset + 1
+    raise ValueError("not a readable ONNX file")

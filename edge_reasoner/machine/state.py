@@ -1,0 +1,124 @@
+"""How the machine is doing now: temperature, governor, power mode, throttling. Reads only, all bounded."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, Protocol
+
+from edge_reasoner.contract.profile.schema import Record
+from edge_reasoner.machine.sysfs import read_int, read_text
+
+#: meaning of the bits of the Raspberry Pi's `vcgencmd get_throttled`
+_THROTTLE_BITS = {
+    0: "under-voltage now",
+    1: "frequency capped now",
+    2: "throttled now",
+    3: "soft temperature limit now",
+    16: "under-voltage since boot",
+    17: "frequency capped since boot",
+    18: "throttled since boot",
+    19: "soft temperature limit since boot",
+}
+_VCGENCMD_TIMEOUT_S = 2.0
+_MAX_ZONES = 64
+
+
+class RunText(Protocol):
+    """`subprocess.run`, as far as it is used here."""
+
+    def __call__(
+        self,
+        command: Sequence[str],
+        /,
+        *,
+        capture_output: bool,
+        text: Literal[True],
+        timeout: float,
+        check: bool,
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+class MachineState(Record, frozen=True, kw_only=True):
+    """A snapshot; None where the machine does not tell."""
+
+    #: hottest thermal zone, °C, and its name
+    temperature_c: float | None = None
+    temperature_zone: str | None = None
+    governor: str | None = None
+    power_mode: str | None = None
+    #: the Raspberry Pi firmware's complaints; () is a clean bill, None: not a Pi
+    throttling: tuple[str, ...] | None = None
+    onnxruntime_version: str | None = None
+
+
+def read_state(root: Path = Path("/"), run: RunText = subprocess.run) -> MachineState:
+    """The machine's state from sysfs under `root`; `run` starts `vcgencmd` where that is installed."""
+    zone, temperature = _hottest(root / "sys/class/thermal")
+    return MachineState(
+        temperature_c=temperature,
+        temperature_zone=zone,
+        governor=read_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
+        power_mode=_nvpmodel(root),
+        throttling=_throttling(root, run),
+        onnxruntime_version=installed_onnxruntime(),
+    )
+
+
+def installed_onnxruntime() -> str | None:
+    """Version of the installed onnxruntime (any build of it), without importing it."""
+    for name in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-qnn", "onnxruntime-openvino"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _hottest(folder: Path) -> tuple[str | None, float | None]:
+    best: tuple[str | None, float | None] = (None, None)
+    for zone in sorted(folder.glob("thermal_zone*"))[:_MAX_ZONES]:
+        millidegrees = read_int(zone / "temp")
+        if millidegrees is None or not -50_000 < millidegrees < 200_000:
+            continue  # an absent sensor reads as nonsense
+        if best[1] is None or millidegrees / 1e3 > best[1]:
+            best = (read_text(zone / "type") or zone.name, millidegrees / 1e3)
+    return best
+
+
+def _nvpmodel(root: Path) -> str | None:
+    """Name of the Jetson's power mode, from nvpmodel's state and configuration files."""
+    status = re.search(r"pmode:0*(\d+)", read_text(root / "var/lib/nvpmodel/status") or "")
+    if status is None:
+        return None
+    conf = read_text(root / "etc/nvpmodel.conf") or ""
+    names = {
+        int(number): name
+        for number, name in re.findall(r"<\s*POWER_MODEL\s+ID=(\d{1,4})\s+NAME=([\w.-]{1,40})", conf)
+    }
+    number = int(status.group(1)[:4])
+    return str(names.get(number, f"mode {number}"))
+
+
+def _throttling(root: Path, run: RunText) -> tuple[str, ...] | None:
+    tool = next((root / p for p in ("usr/bin/vcgencmd", "opt/vc/bin/vcgencmd") if (root / p).exists()), None)
+    if tool is None:
+        return None
+    try:
+        done = run(
+            [str(tool), "get_throttled"],
+            capture_output=True,
+            text=True,
+            timeout=_VCGENCMD_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"throttled=0x([0-9a-fA-F]{1,8})\b", done.stdout)
+    if found is None:
+        return None
+    bits = int(found.group(1), 16)
+    return tuple(meaning for bit, meaning in _THROTTLE_BITS.items() if bits >> bit & 1)

@@ -1,0 +1,1 @@
+"""One query's way: routing, and what an answer says."""

@@ -1,0 +1,119 @@
+"""From an opened bundle to the parts that answer: shared by the `Reasoner` and the reference cloud."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from edge_reasoner.activation.activate import Activation, activate
+from edge_reasoner.contract.bundle.manifest import Component, ComponentKind, DecoderSpec
+from edge_reasoner.contract.bundle.open import Bundle
+from edge_reasoner.contract.bundle.tokenizer_files import (
+    MAX_TOKENIZER_BYTES,
+    MAX_TOKENIZER_CONFIG_BYTES,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    TokenizerConfig,
+    parse_tokenizer_config,
+)
+from edge_reasoner.contract.template.render import MAX_TEMPLATE_BYTES, TEMPLATE_FILE, ChatTemplate
+from edge_reasoner.engine.chat import LocalModel
+from edge_reasoner.engine.generate import Engine
+from edge_reasoner.engine.tokens import TextTokenizer
+from edge_reasoner.errors import BundleError, TemplateError
+from edge_reasoner.preprocess.preprocessor import Preprocessor
+
+#: Where the model's own context is longer, this bounds the KV cache unless the caller asks for more.
+DEFAULT_CONTEXT_TOKENS = 4096
+_MAX_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What opening a component needs of the world around it."""
+
+    threads: int
+    cache_dir: Path
+    clock: Callable[[], float] = time.perf_counter
+    now: Callable[[], datetime] = datetime.now
+
+
+def default_threads() -> int:
+    """Cores this process may use, at most 8 (more only wait for memory)."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity is not None else (os.cpu_count() or 1)
+    return max(1, min(cores, _MAX_THREADS))
+
+
+def open_local_model(
+    bundle: Bundle,
+    machine: Machine,
+    *,
+    kind: ComponentKind = "reasoner",
+    context_tokens: int | None = None,
+) -> tuple[LocalModel, Activation]:
+    """Opens a decoder component. Raises BundleError, TemplateError and what `activate` raises."""
+    component = bundle.component(kind)
+    spec = component.spec
+    if not isinstance(spec, DecoderSpec):
+        raise BundleError(f"{bundle.root}: component {kind!r} is not a decoder")
+    tokenizer = open_tokenizer(bundle, component)
+    template = _open_template(bundle, component, tokenizer.config, machine)
+    activated = activate(
+        bundle,
+        kind,
+        threads=machine.threads,
+        cache_dir=machine.cache_dir,
+        context_tokens=context_tokens or min(spec.context_tokens, DEFAULT_CONTEXT_TOKENS),
+    )
+    engine = Engine(activated.decoder, tokenizer, eos_token_ids=spec.eos_token_ids, clock=machine.clock)
+    model = LocalModel(
+        engine,
+        tokenizer,
+        template,
+        name=bundle.manifest.source.name,
+        bos_token_id=spec.bos_token_id if spec.bos_token_id is not None else tokenizer.bos_id,
+    )
+    return model, activated.activation
+
+
+def open_preprocessor(bundle: Bundle, machine: Machine) -> Preprocessor:
+    """The bundle's preprocessor; without such a component one that computes features only."""
+    component = bundle.manifest.component("preprocessor")
+    if component is None:
+        return Preprocessor(None, None, clock=machine.clock)
+    activated = activate(bundle, "preprocessor", threads=machine.threads, cache_dir=machine.cache_dir)
+    return Preprocessor(activated.encoder, open_tokenizer(bundle, component), clock=machine.clock)
+
+
+def open_tokenizer(bundle: Bundle, component: Component) -> TextTokenizer:
+    """The component's tokenizer. Raises BundleError."""
+    path = f"{component.tokenizer}/{TOKENIZER_FILE}"
+    config_path = f"{component.tokenizer}/{TOKENIZER_CONFIG_FILE}"
+    config = TokenizerConfig()
+    if _has(component, config_path):
+        config = parse_tokenizer_config(
+            bundle.read_bytes(config_path, MAX_TOKENIZER_CONFIG_BYTES), config_path
+        )
+    return TextTokenizer.from_files(bundle.read_bytes(path, MAX_TOKENIZER_BYTES), config, where=path)
+
+
+def _open_template(
+    bundle: Bundle, component: Component, config: TokenizerConfig, machine: Machine
+) -> ChatTemplate | None:
+    path = f"{component.tokenizer}/{TEMPLATE_FILE}"
+    if not _has(component, path):
+        return None
+    try:
+        source = bundle.read_bytes(path, MAX_TEMPLATE_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TemplateError(f"{path}: not UTF-8 at byte {error.start}") from error
+    return ChatTemplate(source, special_tokens=config.special_tokens(), clock=machine.clock, now=machine.now)
+
+
+def _has(component: Component, path: str) -> bool:
+    return any(entry.path == path for entry in component.files)

@@ -1,0 +1,100 @@
+"""From a checkpoint to the fp32 bundle that the reference cloud serves, made by the installed exporter.
+
+The device never imports the export stage: it looks the function up among the installed entry points
+(group `edge_reasoner.exporters`, name `reference`: `export_reference(model: str, out: Path) -> Path`). What
+it made is kept by the checkpoint's content, so serving the same model again starts at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+from edge_reasoner._version import __version__
+from edge_reasoner.contract.bundle.manifest import MANIFEST_NAME
+from edge_reasoner.errors import InputError
+
+ENTRY_POINT_GROUP = "edge_reasoner.exporters"
+ENTRY_POINT_NAME = "reference"
+_CHUNK_BYTES = 1 << 20
+_MAX_FILES = 4096
+
+Exporter = Callable[[str, Path], Path]
+
+
+def reference_bundle(
+    model: str, cache_dir: Path, *, say: Callable[[str], None], find: Callable[[], Exporter] | None = None
+) -> Path:
+    """The bundle directory to serve for `model`: itself, or a cached or new fp32 export of a checkpoint.
+
+    `say` is told before the slow steps. Raises InputError: no such path, or no exporter installed; and what
+    the exporter raises.
+    """
+    path = Path(model)
+    if (path / MANIFEST_NAME).is_file():
+        return path
+    if not path.exists():
+        raise InputError(f"{model}: no such bundle directory, .gguf file or Hugging Face directory")
+    export = (find or find_exporter)()
+    say(f"reading {model} …")
+    out = cache_dir / "reference" / content_key(path)
+    if (out / MANIFEST_NAME).is_file():
+        return out
+    say(f"exporting {model} in fp32, unpruned, to {out} (once) …")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return export(str(path), out)
+
+
+def find_exporter() -> Exporter:
+    """The installed exporter. Raises InputError saying what to install."""
+    for entry in metadata.entry_points(group=ENTRY_POINT_GROUP, name=ENTRY_POINT_NAME):
+        try:
+            exporter: Exporter = entry.load()
+        except ImportError as error:
+            raise InputError(
+                f"serving a checkpoint needs the export stage, which lacks {error.name or error};"
+                " install edge-reasoner[export], or give a bundle directory"
+            ) from error
+        return exporter
+    raise InputError(
+        "serving a checkpoint needs the export stage: install edge-reasoner[export],"
+        " or give a bundle directory"
+    )
+
+
+def content_key(path: Path) -> str:
+    """Digest of this version, and of the names and bytes of a file or of a directory's regular files.
+
+    Raises InputError when they cannot be read or are too many.
+    """
+    digest = hashlib.sha256(__version__.encode())
+    try:
+        for name, file in _files(path):
+            digest.update(f"\0{name}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                while chunk := stream.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: {error.strerror or error}") from error
+    return digest.hexdigest()[:32]
+
+
+def _files(path: Path) -> Iterator[tuple[str, Path]]:
+    if path.is_file():
+        yield "", path
+        return
+    count = 0
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            file = Path(folder, name)
+            count += 1
+            if count > _MAX_FILES:
+                raise InputError(f"{path}: more than {_MAX_FILES} files; give one model's own directory")
+            # links are followed: the hub's cache links to its blobs
+            if not name.startswith(".") and file.exists() and stat.S_ISREG(file.stat().st_mode):
+                yield str(file.relative_to(path)), file

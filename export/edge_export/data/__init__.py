@@ -1,0 +1,1 @@
+"""Texts to calibrate on and to measure on."""

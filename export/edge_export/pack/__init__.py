@@ -1,1 +1,0 @@
-"""Packing: files, hashes, manifest and report become one bundle, atomically."""

@@ -1,0 +1,1 @@
+"""The stages of an export; their order stands in `pipeline`."""

@@ -1,0 +1,1 @@
+"""Weights on disk: external data, block matrices."""

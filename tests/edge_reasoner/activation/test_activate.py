@@ -1,0 +1,274 @@
+"""Activation: the self-test picks what reproduces the golden vectors, fastest first, and remembers it."""
+
+import itertools
+import json
+
+import msgspec
+import numpy as np
+import pytest
+from support import tiny_graphs as tiny
+from support.tiny_bundle import TOKENS, decoder_golden, variant, with_tolerance, write_bundle
+
+from edge_reasoner.activation import activate as module
+from edge_reasoner.activation.activate import activate, cached_activation, default_cache_dir
+from edge_reasoner.backends import golden as golden_module
+from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession, runtime_version
+from edge_reasoner.contract.bundle.open import open_bundle
+from edge_reasoner.errors import BackendError, BundleError, TargetError, VerificationError
+from edge_reasoner.machine.isa import ImportProbe, isa_features
+
+needs_int8_kernels = pytest.mark.skipif(
+    module.platform.machine() == "aarch64" and "asimddp" not in isa_features(),
+    reason="without dotprod onnxruntime computes level 4 in fp32",
+)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """Logits [40, vocab] of transformers; where it is absent, of the fp32 graph (an old runtime's venv)."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        path = tiny.save(tiny.decoder_model(tiny.weights()), tmp_path_factory.mktemp("g") / "g.onnx")
+        session = OrtDecoderSession(path, tiny.decoder_spec())
+        return session.extend(np.array(TOKENS), keep=len(TOKENS)).copy()
+    return tiny.reference_logits(tiny.weights(), list(TOKENS))
+
+
+@pytest.fixture
+def golden(expected):
+    """Golden vectors within which the int4 level-4 graph stays."""
+    return decoder_golden(expected, tolerance=0.15)
+
+
+def corrupted(level: int = 0):
+    """A graph whose last layer norm is wrong, as a broken kernel would make it."""
+    w = tiny.weights()
+    w["norm"] = w["norm"][::-1].copy()
+    return tiny.decoder_model(w, level)
+
+
+def models(**changed):
+    w = tiny.weights()
+    return {"int4": tiny.decoder_model(w, 4), "fp32": tiny.decoder_model(w, 0), **changed}
+
+
+def start(root, cache, kind="reasoner", **options):
+    return activate(open_bundle(root), kind, threads=1, cache_dir=cache, **options)
+
+
+def test_the_fast_variant_that_passes_is_taken_and_the_reference_is_not_tried(tmp_path, golden):
+    """With a sound int4 graph, the reference variant is never opened."""
+    result = start(write_bundle(tmp_path / "b", golden), tmp_path / "cache")
+    activation = result.activation
+    assert (activation.variant_id, activation.reference, result.from_cache) == ("int4", False, False)
+    assert {report.variant_id for report in activation.reports} == {"int4"}
+    assert 0 < activation.reports[0].error < 0.15
+    assert result.decoder.length_tokens == 0
+    result.session.close()
+
+
+def test_a_wrong_kernel_falls_back_to_the_reference(tmp_path, golden):
+    """A fast variant that does not reproduce the vectors is refused with its error; the reference serves."""
+    root = write_bundle(tmp_path / "b", golden, models=models(int4=corrupted()))
+    result = start(root, tmp_path / "cache")
+    assert (result.activation.variant_id, result.activation.reference) == ("fp32", True)
+    refused = result.activation.reports[0]
+    assert not refused.passed and "relative RMS error" in refused.reason and refused.step_ms is None
+    result.session.close()
+
+
+@needs_int8_kernels
+def test_a_level_that_is_too_coarse_is_refused(tmp_path, golden):
+    """The tolerance decides: int8 activations do not pass where 1 % is asked for."""
+    root = write_bundle(tmp_path / "b", with_tolerance(golden, 0.01))
+    result = start(root, tmp_path / "cache")
+    assert result.activation.reference
+    assert max(report.error for report in result.activation.reports if report.passed) < 1e-4
+    result.session.close()
+
+
+@needs_int8_kernels
+def test_fp32_arithmetic_on_the_same_weights_is_a_last_resort(tmp_path, golden):
+    """A bundle without a reference variant still starts where the runtime can be told to compute in fp32."""
+    golden = with_tolerance(golden, 0.01)
+    root = write_bundle(tmp_path / "b", golden, (variant("int4"),), {"int4": models()["int4"]}, encoder=False)
+    if module.platform.machine() != "x86_64" or runtime_version().startswith("1.23."):
+        with pytest.raises(VerificationError):
+            start(root, tmp_path / "cache")
+        return
+    result = start(root, tmp_path / "cache")
+    assert result.activation.reference
+    assert result.activation.session_options == {"mlas.qnbit.force_fp32": "1"}
+    again = start(root, tmp_path / "cache")
+    assert again.from_cache
+    again.session.close()
+    result.session.close()
+
+
+def test_none_passes(tmp_path, golden):
+    """When nothing reproduces the vectors, activation fails in one line that names every candidate."""
+    root = write_bundle(tmp_path / "b", golden, models=models(int4=corrupted(), fp32=corrupted()))
+    with pytest.raises(VerificationError) as error:
+        start(root, tmp_path / "cache")
+    assert "int4" in str(error.value) and "fp32" in str(error.value) and "\n" not in str(error.value)
+    assert not list((tmp_path / "cache").glob("activation/*.json"))
+
+
+def test_the_fastest_of_several_is_taken(tmp_path, golden, monkeypatch):
+    """Of two that pass, the one with the shorter steps wins, whatever the manifest's order."""
+    root = write_bundle(
+        tmp_path / "b", golden, (variant("int4"), variant("fp32")), models=models(), encoder=False
+    )
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")  # no generic options there
+    ticks = itertools.chain(*([0.0, 0.002] * 8 + [0.0, 0.001] * 8,))
+    result = start(root, tmp_path / "cache", clock=lambda: next(ticks))
+    assert result.activation.variant_id == "fp32"
+    assert [report.step_ms for report in result.activation.reports] == [2.0, 1.0]
+    result.session.close()
+
+
+def test_the_choice_is_cached_and_a_corrupt_cache_is_ignored(tmp_path, golden):
+    """The second activation runs no test; a damaged or foreign cache file leads to a new test."""
+    root, cache = write_bundle(tmp_path / "b", golden), tmp_path / "cache"
+    bundle = open_bundle(root)
+    assert cached_activation(bundle, "reasoner", threads=1, cache_dir=cache) is None
+    first = start(root, cache)
+    second = start(root, cache, clock=None)
+    assert second.from_cache and second.activation == first.activation
+    assert cached_activation(bundle, "reasoner", threads=1, cache_dir=cache) == first.activation
+    (file,) = (cache / "activation").iterdir()
+    text = file.read_text()
+    for damaged in (
+        "{",
+        "[]",
+        text.replace('"passed":true', '"passed":false'),
+        text.replace("int4", "other"),
+    ):
+        file.write_text(damaged)
+        again = start(root, cache)
+        assert not again.from_cache and again.activation.variant_id == "int4"
+        again.session.close()
+    other_threads = activate(bundle, "reasoner", threads=2, cache_dir=cache)
+    assert not other_threads.from_cache
+    for result in (first, second, other_threads):
+        result.session.close()
+
+
+def test_generic_options_are_tried_on_arm(tmp_path, golden, monkeypatch):
+    """On aarch64 every variant is also tried without KleidiAI."""
+    monkeypatch.setattr(module.platform, "machine", lambda: "aarch64")
+    result = start(write_bundle(tmp_path / "b", golden), tmp_path / "cache")
+    assert [report.session_options for report in result.activation.reports] == [
+        {},
+        {"mlas.disable_kleidiai": "1"},
+    ]
+    result.session.close()
+
+
+def test_encoder(tmp_path, golden):
+    """An encoder component is activated the same way."""
+    root = write_bundle(tmp_path / "b", golden)
+    result = start(root, tmp_path / "cache", "preprocessor")
+    assert result.encoder.embed([[1, 2]]).shape == (1, tiny.HIDDEN)
+    assert result.activation.reports[0].error < 1e-5
+    result.session.close()
+
+
+def test_context_smaller_than_the_vectors(tmp_path, golden):
+    """The wanted context holds even where the self-test needed more."""
+    result = start(write_bundle(tmp_path / "b", golden), tmp_path / "cache", context_tokens=16)
+    assert result.decoder.context_tokens == 16
+    result.session.close()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"minimum_runtime": "99.1"}, "needs onnxruntime 99.1"),
+        ({"execution_provider": "QNNExecutionProvider"}, "needs QNNExecutionProvider"),
+        ({"isa_floor": ("sme", "warp-drive")}, "needs CPU features sme, warp-drive"),
+    ],
+)
+def test_variants_that_cannot_run_here(tmp_path, golden, changes, message):
+    """A variant beyond this machine is skipped with its reason; if none is left, that is the error."""
+    root = write_bundle(tmp_path / "b", golden, (variant("int4", **changes),), encoder=False, models=None)
+    for name in ("fp32.onnx", "fp32.onnx.data"):
+        (root / "graphs" / name).unlink()
+    with pytest.raises(TargetError, match=message):
+        start(root, tmp_path / "cache")
+
+
+def test_a_wheel_that_dies_on_import_is_reported_before_it_is_imported(tmp_path, golden):
+    """The import is tried in a child first; its failure is the error, and is not remembered."""
+    root = write_bundle(tmp_path / "b", golden)
+    bad = ImportProbe(module="onnxruntime", safe=False, conclusive=True, message="dies with SIGILL")
+    with pytest.raises(BackendError, match="SIGILL"):
+        start(root, tmp_path / "cache", probe_import=lambda: bad)
+    start(root, tmp_path / "cache").session.close()
+    # a good answer is remembered
+    start(root, tmp_path / "cache", probe_import=lambda: bad).session.close()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"tolerance": 0.0}, "tolerance is 0.0"),
+        ({"tolerance": 1e300}, "tolerance is 1e"),
+        ({"decoder": ()}, "0 golden vectors"),
+    ],
+)
+def test_golden_vectors_that_cannot_judge(tmp_path, golden, change, message):
+    """Golden vectors that would pass anything are refused."""
+    root = write_bundle(tmp_path / "b", msgspec.structs.replace(golden, **change))
+    with pytest.raises(BundleError, match=message):
+        start(root, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"token_ids": (tiny.VOCAB,), "prefill_tokens": 1}, "outside the vocabulary"),
+        ({"checks": ()}, "without checks"),
+        ({"token_ids": (1,) * 5000, "prefill_tokens": 1}, "5000 tokens; 1 to 1280"),
+    ],
+)
+def test_hostile_golden_vector(golden, change, message):
+    """A vector that does not fit the spec is refused before any session opens."""
+    vector = msgspec.structs.replace(golden.decoder[0], **change)
+    with pytest.raises(BundleError, match=message):
+        golden_module.check_golden(
+            msgspec.structs.replace(golden, decoder=(vector,)), tiny.decoder_spec(), "golden"
+        )
+
+
+def test_wrong_argmax_alone_is_caught(golden):
+    """Two leading logits swapped: a small RMS error, but another token leads by more than the tolerance."""
+    check = golden.decoder[0].checks[-1]
+    expected = np.linspace(-2.4, 2.4, tiny.VOCAB, dtype=np.float32)
+    expected[7], expected[8] = 3.5, 2.5
+    ids = tuple(range(tiny.VOCAB))
+    good = msgspec.structs.replace(check, argmax=7, token_ids=ids, logits=tuple(expected.tolist()))
+    assert golden_module._compare(good, expected, 0.1)[1] == ""
+    wrong = expected.copy()
+    wrong[8] = 3.55
+    error, problem = golden_module._compare(good, wrong, 0.1)
+    assert error < 0.1 and "token 8 leads, not 7" in problem
+    wrong[3] = np.nan
+    assert "not finite" in golden_module._compare(good, wrong, 0.1)[1]
+
+
+def test_default_cache_dir(tmp_path):
+    """The variable wins, then the platform's folder."""
+    assert default_cache_dir({"EDGE_REASONER_CACHE": "/x", "XDG_CACHE_HOME": "/y"}).as_posix() == "/x"
+    assert default_cache_dir({"XDG_CACHE_HOME": "/y"}).as_posix() == "/y/edge_reasoner"
+    assert default_cache_dir({}).name == "edge_reasoner"
+
+
+def test_activation_is_plain_json(tmp_path, golden):
+    """What `doctor` prints: candidates with error and step time, the machine and the choice."""
+    result = start(write_bundle(tmp_path / "b", golden), tmp_path / "cache")
+    plain = json.loads(msgspec.json.encode(result.activation))
+    assert {"variant_id", "session_options", "machine", "reports", "reference"} <= plain.keys()
+    assert {"architecture", "cpu", "isa", "runtime", "threads"} == plain["machine"].keys()
+    result.session.close()

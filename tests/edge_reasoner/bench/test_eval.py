@@ -1,0 +1,115 @@
+"""Scores of choices against transformers, and the figures made of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.answering_bundle import reference_log_likelihood, tokenizer, write_answering_bundle
+
+from edge_reasoner.backends.fake import FakeDecoderSession
+from edge_reasoner.bench.eval import ChoiceScorer, Result, score_choices, summarize
+from edge_reasoner.bench.questions import Question
+from edge_reasoner.contract.bundle.open import open_bundle
+from edge_reasoner.errors import ContextOverflowError, InputError
+from edge_reasoner.query.assemble import Machine
+
+CHOICES = ("a dog", "a doge runs far", "cat", "x")
+BOS = 1
+
+
+def test_scores_against_transformers(tmp_path: Path) -> None:
+    """Each choice's right and wrong agree with transformers' log-likelihoods of the whole texts."""
+    bundle = open_bundle(write_answering_bundle(tmp_path / "bundle", exact=True))
+    encode = tokenizer().encode
+    questions, expected = [], []
+    for index, text in enumerate(["Which animal barks?", "Q", "What is 2 + 2? " * 6]):
+        context = f"Question: {text}\nAnswer:"
+        ids = [BOS, *encode(context).ids]
+        sums = [
+            reference_log_likelihood([BOS, *encode(f"{context} {choice}").ids], len(ids))
+            for choice in CHOICES
+        ]
+        per_character = [value / len(choice) for value, choice in zip(sums, CHOICES, strict=True)]
+        for gold in range(len(CHOICES)):
+            questions.append(Question(index, text, context, "choice", CHOICES, gold))
+            expected.append((int(np.argmax(per_character)) == gold, int(np.argmax(sums)) == gold))
+    machine = Machine(threads=1, cache_dir=tmp_path / "cache")
+    steps: list[int] = []
+    results = score_choices(bundle, machine, questions, lambda: steps.append(1))
+    assert [(result.correct, result.by_sum) for result in results] == expected
+    assert len(steps) == len(questions)
+
+
+def test_log_likelihoods_against_transformers(tmp_path: Path) -> None:
+    """The log-likelihoods themselves: within 1e-3 nats, in any order, whatever was scored before."""
+    from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession
+
+    bundle = open_bundle(write_answering_bundle(tmp_path / "bundle", exact=True))
+    component = bundle.component("reasoner")
+    session = OrtDecoderSession(bundle.path_of("graphs/fp32.onnx"), component.spec, context_tokens=128)
+    encode = tokenizer().encode
+    scorer = ChoiceScorer(session, lambda text: encode(text).ids, BOS)
+    for context, choices in (
+        ("Why is it?", [" so", " so it is", " no"]),
+        ("Z", ["a", "b"]),
+        ("Why is it?", [" so", "!"]),
+    ):
+        start = 1 + len(encode(context).ids)
+        expected = [reference_log_likelihood([BOS, *encode(context + c).ids], start) for c in choices]
+        assert scorer.score(context, choices) == pytest.approx(expected, abs=1e-3)
+
+
+def test_shared_context_is_fed_once() -> None:
+    """Only the last token of the question and each choice's own tokens are fed again."""
+    session = FakeDecoderSession(300, 256)
+    scorer = ChoiceScorer(session, lambda text: list(text.encode()), None)
+    scores = scorer.score("q" * 100, [" a", " bcd"])
+    assert scores == pytest.approx([-2 * math.log(300), -4 * math.log(300)])
+    assert (session.fed_tokens, session.calls) == (100 + 1 + (1 + 3), 2)
+
+
+def test_tokens_that_merge_across_the_boundary() -> None:
+    """A tokenizer that merges question and choice: the tokens beyond the question's own number count."""
+    session = FakeDecoderSession(300, 64)
+    encode = {"ab": [1, 2], "ab c": [1, 9], "ab cd": [1, 9, 4], "ab x": [1, 2, 7]}
+    scorer = ChoiceScorer(session, lambda text: encode[text], None)
+    assert scorer.score("ab", [" cd", " x"]) == pytest.approx([-math.log(300)] * 2)
+    with pytest.raises(InputError, match="no token"):
+        scorer.score("ab", [" c", " x"])
+
+
+def test_what_cannot_be_scored() -> None:
+    """An empty question and one that does not fit are clear errors."""
+    scorer = ChoiceScorer(FakeDecoderSession(300, 16), lambda text: list(text.encode()), None)
+    with pytest.raises(InputError, match="at least one token"):
+        scorer.score("", ["a", "b"])
+    with pytest.raises(ContextOverflowError, match="16"):
+        scorer.score("q" * 20, ["a", "b"])
+
+
+def test_summary() -> None:
+    """Means, standard errors, groups, escalation and money."""
+    results = [
+        Result("choice", "local", True, False),
+        Result("choice", "local", False, True),
+        Result("number", "cloud", True, None, 0.25),
+        Result("exact", "degraded", True, None, 0.0),
+    ]
+    figures = summarize(results)
+    assert (figures["n"], figures["accuracy"], figures["metric"]) == (4, 0.75, "mixed")
+    assert figures["stderr"] == pytest.approx(np.std([1, 0, 1, 1], ddof=1) / 2)
+    assert (figures["acc"], figures["acc_norm"], figures["escalated_share"], figures["usd"]) == (
+        0.5,
+        0.5,
+        0.25,
+        0.25,
+    )
+    assert {name: part["n"] for name, part in figures["by_source"].items()} == {
+        "cloud": 1,
+        "degraded": 1,
+        "local": 2,
+    }
+    assert summarize([Result("exact", "cloud", True, None, None)])["usd"] is None

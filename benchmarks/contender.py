@@ -38,9 +38,9 @@ class EdgeContender:
 
     def __init__(self, path: str, threads: int, cache_dir: str) -> None:
         from edge_reasoner.activation.activate import activate
+        from edge_reasoner.chat.params import SamplingParams
         from edge_reasoner.contract.bundle.open import open_bundle
         from edge_reasoner.engine.generate import Engine
-        from edge_reasoner.engine.sampling import SamplingParams
         from edge_reasoner.query.assemble import open_tokenizer
 
         bundle = open_bundle(path)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from edge_reasoner.engine.sampling import SamplingParams
+from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.errors import InputError
 from edge_reasoner.files import read_rows
 from edge_reasoner.reasoner import Reasoner

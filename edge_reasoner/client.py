@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from edge_reasoner.chat.messages import as_messages
+from edge_reasoner.chat.model import Usage
+from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.cloud import connect
 from edge_reasoner.cloud.base import CloudModel, CloudOptions
-from edge_reasoner.engine.chat import as_messages
-from edge_reasoner.engine.generate import Usage
-from edge_reasoner.engine.sampling import SamplingParams
 from edge_reasoner.errors import InputError
 from edge_reasoner.reasoner import Reasoner, sampling_params
 

@@ -12,13 +12,14 @@ from types import TracebackType
 from typing import Any
 
 from edge_reasoner.activation.activate import Activation, default_cache_dir
+from edge_reasoner.chat.messages import as_messages
+from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.cloud import connect
 from edge_reasoner.cloud.base import CloudLimits, CloudModel, CloudOptions, CloudPrice
 from edge_reasoner.contract.bundle.manifest import Manifest
 from edge_reasoner.contract.bundle.open import Bundle, open_bundle
 from edge_reasoner.contract.template.render import Message
-from edge_reasoner.engine.chat import LocalModel, as_messages
-from edge_reasoner.engine.sampling import SamplingParams
+from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.errors import InputError
 from edge_reasoner.gate.policy import Policy, check_mode
 from edge_reasoner.preprocess.preprocessor import Preprocessor

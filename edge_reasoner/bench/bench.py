@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 
 from edge_reasoner.activation.activate import Activated, activate
+from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.contract.bundle.graph_bytes import graph_bytes
 from edge_reasoner.contract.bundle.manifest import DecoderSpec
 from edge_reasoner.contract.bundle.open import Bundle, open_bundle
 from edge_reasoner.engine.generate import Engine, Generation
-from edge_reasoner.engine.sampling import SamplingParams
 from edge_reasoner.errors import BackendError, BundleError, InputError
 from edge_reasoner.query.assemble import DEFAULT_CONTEXT_TOKENS, Machine, open_tokenizer
 

@@ -20,9 +20,9 @@ import numpy as np
 from edge_reasoner.activation.activate import activate
 from edge_reasoner.backends.base import DecoderSession
 from edge_reasoner.bench.questions import Question, is_correct, lettered_prompt
+from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.contract.bundle.manifest import DecoderSpec
 from edge_reasoner.contract.bundle.open import Bundle
-from edge_reasoner.engine.sampling import SamplingParams
 from edge_reasoner.errors import BackendError, BundleError, ContextOverflowError, InputError
 from edge_reasoner.query.answer import Answer
 from edge_reasoner.query.assemble import DEFAULT_CONTEXT_TOKENS, Machine, open_tokenizer

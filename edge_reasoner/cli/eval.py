@@ -22,8 +22,8 @@ from edge_reasoner.errors import InputError
 if TYPE_CHECKING:
     from edge_reasoner.bench.eval import Result
     from edge_reasoner.bench.questions import Question
+    from edge_reasoner.chat.params import SamplingParams
     from edge_reasoner.contract.bundle.open import Bundle
-    from edge_reasoner.engine.sampling import SamplingParams
 
 
 @click.command("eval")
@@ -67,8 +67,8 @@ def evaluate(
     """
     from edge_reasoner.bench.eval import summarize
     from edge_reasoner.bench.questions import read_questions
+    from edge_reasoner.chat.params import SamplingParams
     from edge_reasoner.contract.bundle.open import open_bundle
-    from edge_reasoner.engine.sampling import SamplingParams
 
     if limit is not None and limit < 1:
         raise InputError(f"--limit: {limit} is not allowed; give 1 or more")

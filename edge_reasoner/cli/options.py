@@ -13,9 +13,9 @@ from edge_reasoner.cli.output import waiting
 from edge_reasoner.errors import InputError
 
 if TYPE_CHECKING:
+    from edge_reasoner.chat.params import SamplingParams
     from edge_reasoner.cloud.base import CloudPrice
     from edge_reasoner.contract.bundle.open import Bundle
-    from edge_reasoner.engine.sampling import SamplingParams
     from edge_reasoner.query.assemble import Machine
     from edge_reasoner.reasoner import Reasoner
 
@@ -84,7 +84,7 @@ def _add(function: Function, options: tuple[Any, ...]) -> Function:
 
 def take_sampling(options: dict[str, Any]) -> SamplingParams:
     """Takes the sampling options out of a command's options. Raises InputError for illegal values."""
-    from edge_reasoner.engine.sampling import SamplingParams
+    from edge_reasoner.chat.params import SamplingParams
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
     return SamplingParams(**{name: options.pop(name) for name in names})

@@ -6,9 +6,9 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from edge_reasoner.chat.model import Usage
+from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.contract.template.render import Message
-from edge_reasoner.engine.generate import Usage
-from edge_reasoner.engine.sampling import SamplingParams
 from edge_reasoner.errors import InputError
 
 

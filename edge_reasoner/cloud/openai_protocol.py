@@ -13,12 +13,12 @@ from typing import Any
 import httpx
 import msgspec
 
+from edge_reasoner.chat.model import Usage
+from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.cloud.base import CloudOptions, CloudResult, CloudStream
 from edge_reasoner.cloud.pump import pumped
 from edge_reasoner.cloud.sse import read_events
 from edge_reasoner.contract.template.render import Message
-from edge_reasoner.engine.generate import Usage
-from edge_reasoner.engine.sampling import SamplingParams
 from edge_reasoner.errors import CloudError, CloudProtocolError, CloudUnavailableError, InputError
 
 _RETRY_STATUS = frozenset((408, 409, 429, 500, 502, 503, 504, 529))

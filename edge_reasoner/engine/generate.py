@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from edge_reasoner.backends.base import DecoderSession, Logits
-from edge_reasoner.engine.sampling import SamplingParams, choose
+from edge_reasoner.chat.model import FinishReason, Usage
+from edge_reasoner.chat.params import SamplingParams
+from edge_reasoner.engine.sampling import choose
 from edge_reasoner.engine.stopping import StopMatcher
 from edge_reasoner.engine.tokens import IncrementalDecoder, TextTokenizer
 from edge_reasoner.errors import ContextOverflowError, EdgeReasonerError, InputError
 
 #: Long prompts are fed in pieces of this many tokens: bounded activation memory, prompt cancellation.
 PREFILL_CHUNK_TOKENS = 512
-
-FinishReason = Literal["stop", "length", "context", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,6 @@ class GeneratedToken:
     logprob: float = 0.0
     margin: float = 0.0
     entropy: float = 0.0
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of one query: `cached_tokens` of the prompt were in the KV cache already."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

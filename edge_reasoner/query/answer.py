@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from edge_reasoner.engine.generate import Usage
+from edge_reasoner.chat.model import Usage
 from edge_reasoner.gate.decide import Decision
 
 Source = Literal["local-fast", "local", "cache", "cloud", "degraded"]

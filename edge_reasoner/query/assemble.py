@@ -21,8 +21,8 @@ from edge_reasoner.contract.bundle.tokenizer_files import (
     parse_tokenizer_config,
 )
 from edge_reasoner.contract.template.render import MAX_TEMPLATE_BYTES, TEMPLATE_FILE, ChatTemplate
-from edge_reasoner.engine.chat import LocalModel
 from edge_reasoner.engine.generate import Engine
+from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.engine.tokens import TextTokenizer
 from edge_reasoner.errors import BundleError, TemplateError
 from edge_reasoner.preprocess.preprocessor import Preprocessor

@@ -10,11 +10,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from edge_reasoner.chat.messages import message_text
+from edge_reasoner.chat.model import Usage
+from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.cloud.base import CloudModel, CloudPrice, CloudResult
 from edge_reasoner.contract.template.render import Message
-from edge_reasoner.engine.chat import LocalModel, message_text
-from edge_reasoner.engine.generate import Generation, Usage
-from edge_reasoner.engine.sampling import SamplingParams
+from edge_reasoner.engine.generate import Generation
+from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.errors import CloudError, ContextOverflowError, InputError
 from edge_reasoner.gate.decide import AnswerStats, Decision, decide_after, decide_before, forced
 from edge_reasoner.gate.policy import Mode, Policy

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from edge_reasoner.engine.generate import GeneratedToken, Usage
-from edge_reasoner.engine.sampling import SamplingParams
+from edge_reasoner.chat.model import Usage
+from edge_reasoner.chat.params import SamplingParams
+from edge_reasoner.engine.generate import GeneratedToken
 from edge_reasoner.errors import InputError
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024

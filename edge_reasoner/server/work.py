@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.contract.template.render import Message
 from edge_reasoner.engine.generate import GeneratedToken, Generation, TokenStream
-from edge_reasoner.engine.sampling import SamplingParams
 from edge_reasoner.errors import BackendError
 from edge_reasoner.server.protocol import RequestError
 

@@ -12,8 +12,8 @@ from support.tiny_tokenizers import byte_level, wrap
 from edge_reasoner.backends.fake import FakeDecoderSession
 from edge_reasoner.contract.bundle.tokenizer_files import TokenizerConfig
 from edge_reasoner.contract.template.render import ChatTemplate
-from edge_reasoner.engine.chat import LocalModel
 from edge_reasoner.engine.generate import Engine
+from edge_reasoner.engine.local_model import LocalModel
 
 TEMPLATE = (
     "{% for m in messages %}<|im_end|>{{ m.role }}:{{ m.content }}\n{% endfor %}"

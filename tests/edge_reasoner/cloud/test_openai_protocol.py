@@ -23,12 +23,12 @@ from support.hostile_cloud import (
     status,
 )
 
+from edge_reasoner.chat.model import Usage
+from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.cloud import connect
 from edge_reasoner.cloud.base import CloudLimits, CloudOptions, CloudPrice
 from edge_reasoner.cloud.openai_protocol import OpenAIModel
 from edge_reasoner.cloud.sse import read_events
-from edge_reasoner.engine.generate import Usage
-from edge_reasoner.engine.sampling import SamplingParams
 from edge_reasoner.errors import CloudError, CloudProtocolError, CloudUnavailableError, InputError
 
 DEFAULTS = SamplingParams()

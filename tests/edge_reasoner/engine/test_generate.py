@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from support.tiny_tokenizers import byte_level, wrap
 
 from edge_reasoner.backends.fake import FakeDecoderSession
+from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.engine.generate import Engine, GeneratedToken, Generation, TokenStream
-from edge_reasoner.engine.sampling import SamplingParams
 from edge_reasoner.engine.stopping import StopMatcher
 from edge_reasoner.engine.tokens import TextTokenizer
 from edge_reasoner.errors import BackendError, ContextOverflowError, EdgeReasonerError, InputError

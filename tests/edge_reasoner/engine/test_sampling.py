@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_reasoner.engine.sampling import SamplingParams, choose, filtered
+from edge_reasoner.chat.params import SamplingParams
+from edge_reasoner.engine.sampling import choose, filtered
 from edge_reasoner.errors import BackendError, InputError
 
 VOCAB = 3000

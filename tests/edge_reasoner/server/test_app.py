@@ -14,8 +14,8 @@ import pytest
 from support.local_models import scripted_model
 
 from edge_reasoner.client import InferenceClient
-from edge_reasoner.engine.chat import LocalModel
 from edge_reasoner.engine.generate import GeneratedToken
+from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.errors import BackendError, CloudError, InputError
 from edge_reasoner.server.protocol import MAX_REQUEST_BYTES
 from edge_reasoner.server.reference import ReferenceModel, serve, serving

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from edge_reasoner.chat.messages import message_text
+from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.contract.template.render import ChatTemplate, Message
 from edge_reasoner.engine.generate import Engine, TokenStream, never_cancelled
-from edge_reasoner.engine.sampling import SamplingParams
 from edge_reasoner.engine.tokens import TextTokenizer
-from edge_reasoner.errors import InputError
 
 
 class LocalModel:
@@ -68,33 +68,3 @@ class LocalModel:
     def close(self) -> None:
         """Releases the session."""
         self._engine.close()
-
-
-def message_text(message: Message) -> str:
-    """The text of a message: its content, or the text parts of it. Raises InputError."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    if isinstance(content, (list, tuple)):
-        texts = [part.get("text") for part in content if isinstance(part, dict)]
-        if all(isinstance(text, str) for text in texts):
-            return "".join(str(text) for text in texts)
-    raise InputError(
-        f"message of role {message.get('role')!r}: content must be a string or a list of text parts"
-    )
-
-
-def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
-    """A chat from a prompt: one user message, or the messages given. Raises InputError."""
-    if isinstance(prompt, str):
-        if not prompt:
-            raise InputError("the prompt is empty")
-        return [{"role": "user", "content": prompt}]
-    messages = [dict(message) for message in prompt]
-    if not messages:
-        raise InputError("messages: at least one is needed")
-    for message in messages:
-        if not isinstance(message.get("role"), str):
-            raise InputError("messages: each needs a role (system, user, assistant or tool) and a content")
-        message_text(message)
-    return list(messages)

@@ -1,0 +1,159 @@
+"""`ChatModel`: the one protocol of the local model, the cloud client, the server's model and `Reasoner`.
+
+Tiers nest: whatever answers a chat takes a `ChatRequest` and gives a `ChatStream`, so a gateway is a
+`Reasoner` behind the protocol, and a `Reasoner` may have another one as its cloud.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+from edge_reasoner.chat.params import SamplingParams
+from edge_reasoner.contract.template.render import Message
+from edge_reasoner.errors import InputError
+
+#: How a local answer ends; endpoints have further words of their own.
+FinishReason = Literal["stop", "length", "context", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one query: `cached_tokens` of the prompt were in the KV cache already."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """What is asked: a chat (`messages`), or a raw `text` to be continued as it is. Raises InputError on
+    both.
+
+    `context_tokens` lowers the model's own limit for this request. `extra` adds fields to an endpoint's
+    request as they are; a local model ignores it.
+    """
+
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    params: SamplingParams = SamplingParams()
+    context_tokens: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (not self.messages):
+            raise InputError("a request needs either messages or a text, and not both")
+
+
+class ChatResult(Protocol):
+    """A finished answer. `thinking`: what a reasoning model wrote before it, or None. `usage`: None where
+    nobody counted."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def thinking(self) -> str | None: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def finish_reason(self) -> str: ...
+    @property
+    def usage(self) -> Usage | None: ...
+
+
+PieceT_co = TypeVar("PieceT_co", bound=str, covariant=True)
+ResultT_co = TypeVar("ResultT_co", bound=ChatResult, covariant=True)
+
+
+class ChatStream(Protocol[PieceT_co, ResultT_co]):
+    """An answer under way. Iterating gives its pieces (str, or a subclass that says more); each is given
+    once.
+
+    Errors of the model are raised by the iteration and by `result`. A stream that is dropped, closed or
+    cancelled frees the model within one token.
+    """
+
+    def __iter__(self) -> Iterator[PieceT_co]: ...
+
+    def __next__(self) -> PieceT_co: ...
+
+    def result(self) -> ResultT_co:
+        """Takes what is left of the pieces and gives the whole answer."""
+
+    def cancel(self) -> None:
+        """Asks for the end; the stream then ends with finish reason "cancelled". Any thread may call it."""
+
+    def close(self) -> None:
+        """Gives up what is left. Idempotent."""
+
+
+class ChatModel(Protocol):
+    """Anything that answers chats. Thread-safe."""
+
+    @property
+    def name(self) -> str:
+        """Name that clients ask for."""
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Longest prompt and answer together, in tokens; None where it is not known."""
+
+    def submit(self, request: ChatRequest) -> ChatStream[str, ChatResult]:
+        """Starts an answer. Raises InputError and ContextOverflowError at once; the rest from the stream."""
+
+    def close(self) -> None:
+        """Releases the model or its connections."""
+
+
+PieceT = TypeVar("PieceT", bound=str)
+ResultT = TypeVar("ResultT", bound=ChatResult)
+
+
+class PulledStream(Generic[PieceT, ResultT]):
+    """A `ChatStream` over a generator of pieces that returns the result; it runs in its reader's thread.
+
+    `cancelled` is set by `cancel`; the generator is expected to look at it between pieces.
+    """
+
+    def __init__(self, pieces: Generator[PieceT, None, ResultT]) -> None:
+        self._pieces = pieces
+        self._result: ResultT | None = None
+        self.cancelled = False
+
+    def __iter__(self) -> Iterator[PieceT]:
+        return self
+
+    def __next__(self) -> PieceT:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            if self._result is None and end.value is not None:
+                self._result = end.value
+            raise StopIteration from None
+
+    def result(self) -> ResultT:
+        """See `ChatStream`. Raises InputError if the stream was closed before its end."""
+        for _ in self:
+            pass
+        if self._result is None:
+            raise InputError("the stream was closed before its end: it has no result")
+        return self._result
+
+    def cancel(self) -> None:
+        """See `ChatStream`."""
+        self.cancelled = True
+
+    def close(self) -> None:
+        """See `ChatStream`."""
+        self._pieces.close()
+
+    def __enter__(self) -> PulledStream[PieceT, ResultT]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

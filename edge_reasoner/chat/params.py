@@ -1,0 +1,61 @@
+"""What a caller may say about choosing tokens and stopping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge_reasoner.errors import InputError
+
+MAX_NEW_TOKENS = 1_000_000
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 500
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. Illegal values are refused at construction (InputError).
+
+    temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 mean "off". `seed` None draws
+    from the generator's own entropy. `max_tokens` None: until the context is full.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = 256
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _check_integer("top_k", self.top_k, 0, 2**31 - 1)
+        if self.max_tokens is not None:
+            _check_integer("max_tokens", self.max_tokens, 1, MAX_NEW_TOKENS)
+        if self.seed is not None:
+            _check_integer("seed", self.seed, 0, 2**64 - 1)
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) for text in self.stop):
+            raise InputError(f"stop: {self.stop!r} is not allowed; give a tuple of strings")
+        if len(self.stop) > MAX_STOP_STRINGS or any(not 0 < len(s) <= MAX_STOP_CHARS for s in self.stop):
+            raise InputError(
+                f"stop: at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters are allowed"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0.0 or self.top_k == 1
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise InputError(f"{name}: {value!r} is not allowed; give a number from {low:g} to {high:g}")
+
+
+def _check_integer(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InputError(f"{name}: {value!r} is not allowed; give an integer from {low} to {high}")

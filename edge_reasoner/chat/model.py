@@ -39,7 +39,7 @@ class ChatRequest:
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
-    params: SamplingParams = SamplingParams()
+    params: SamplingParams = field(default_factory=SamplingParams)
     context_tokens: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 

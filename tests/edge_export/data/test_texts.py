@@ -22,7 +22,7 @@ def test_the_shipped_texts_are_two_different_ones():
     lines = [{line for d in t.documents for line in d.splitlines() if line} for t in (calibration, probe)]
     assert not lines[0] & lines[1] and min(map(len, lines)) >= 10
     root = Path(edge_export.__file__).parent
-    for text, file in ((calibration, "plan/calibration.txt"), (probe, "verify/probe.txt")):
+    for text, file in ((calibration, "data/calibration.txt"), (probe, "data/probe.txt")):
         assert text.sha256 == hashlib.sha256((root / file).read_bytes()).hexdigest()
         assert len(text.documents) >= 3 and not any("-----" in d for d in text.documents)
 

@@ -185,3 +185,19 @@ def test_paired_difference_of_questions(load: Any) -> None:
     """Questions that both get right say nothing; the error comes from those that changed."""
     found = load("arc_easy").paired([True, True, False, True], [True, False, False, True])
     assert found == {"difference": 0.25, "stderr": 0.25, "changed": 0.25}
+
+
+def test_paired_ratios_are_taken_round_by_round(load: Any) -> None:
+    """A machine that halves its speed between rounds does not change the ratio of the two sides."""
+    paired = load("paired")
+    slow, fast = dict.fromkeys(paired.FIGURES, 10.0), dict.fromkeys(paired.FIGURES, 20.0)
+    found = paired.compared([slow, fast, slow], [slow, fast, slow])
+    assert {row["ratio"] for row in found.values()} == {1.0}
+    found = paired.compared([slow, fast], [fast, dict.fromkeys(paired.FIGURES, 40.0)])
+    assert found["decode_tps"] == {
+        "before": 15.0,
+        "after": 30.0,
+        "ratio": 2.0,
+        "ratio_min": 2.0,
+        "ratio_max": 2.0,
+    }

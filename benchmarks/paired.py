@@ -3,8 +3,8 @@
     python benchmarks/paired.py --before ../other-checkout [--recipes int8,auto] [--rounds 5]
 
 Each round runs `edge-reasoner bench --json` of both checkouts one after the other (the order changes from
-round to round), so that a machine whose speed drifts moves both alike; every figure is the median of the rounds,
-and the ratios are taken round by round. Leave the machine alone.
+round to round), so that a machine whose speed drifts moves both alike; every figure is the median of the
+rounds, and the ratios are taken round by round. Leave the machine alone.
 """
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ def make_bundles(
     model: Path, label: str, names: Sequence[str], given: Mapping[str, Path] = MappingProxyType({})
 ) -> dict[str, Path]:
     """Name of `RECIPES` → bundle directory of `model`: a given one, or one exported for this architecture."""
-    from edge_export.pipeline import ExportOptions, export
+    from edge_export.options import ExportOptions
+    from edge_export.pipeline import export
 
     digest = _export_digest(model)
     bundles = {}

@@ -44,7 +44,8 @@ def public_data() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_bundle(smollm2_gguf: Path, minilm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 for a Jetson with the default recipe, MiniLM as its preprocessor."""
-    from edge_export.pipeline import ExportOptions, export
+    from edge_export.options import ExportOptions
+    from edge_export.pipeline import export
 
     out = tmp_path_factory.mktemp("smollm2") / "auto"
     export(str(smollm2_gguf), "jetson-orin", out, ExportOptions(preprocessor=str(minilm_dir)))

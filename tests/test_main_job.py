@@ -109,7 +109,8 @@ def test_session_keeps_the_cache(smollm2_bundle, cache_dir):
 
 def test_the_same_input_gives_the_same_bytes(smollm2_gguf, tmp_path):
     """Two exports of a real model are equal to the byte (the recipe without calibration, for speed)."""
-    from edge_export.pipeline import ExportOptions, export
+    from edge_export.options import ExportOptions
+    from edge_export.pipeline import export
 
     digests = []
     for name in ("a", "b"):

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edge_export.pipeline import ExportOptions, ExportReport, export
+    from edge_export.options import ExportOptions
+    from edge_export.pipeline import ExportReport, export
 
 __all__ = ["export", "ExportOptions", "ExportReport"]
 
@@ -18,6 +19,6 @@ def __getattr__(name: str) -> Any:
     """Imports torch only when something is used."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from edge_export import pipeline
+    from edge_export import options, pipeline
 
-    return getattr(pipeline, name)
+    return options.ExportOptions if name == "ExportOptions" else getattr(pipeline, name)

@@ -6,21 +6,22 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
+from edge_export.progress import Progress
 from edge_reasoner._version import __version__
 from edge_reasoner.errors import EdgeReasonerError, InputError
 
 _INTERRUPTED = 130
-ProgressHook = Callable[[str, int, int], None]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -107,7 +108,8 @@ def _export_all(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
-    from edge_export.pipeline import ExportOptions, export
+    from edge_export.options import ExportOptions
+    from edge_export.pipeline import export
 
     count = threads or os.cpu_count() or 1
     torch.set_num_threads(count)
@@ -127,11 +129,11 @@ def _target(model: str, board: str, out: Path | None, count: int) -> Path:
 
 
 @contextmanager
-def _progress() -> Iterator[ProgressHook]:
+def _progress() -> Iterator[Progress]:
     """A progress bar on stderr, where that is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("opening", total=None)
 
         def hook(what: str, done: int, total: int) -> None:

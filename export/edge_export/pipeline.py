@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 from tokenizers import Tokenizer
@@ -19,7 +19,9 @@ from edge_export.checkpoint.load import DecoderCheckpoint, detect, find_model, l
 from edge_export.checkpoint.tokenizer import limit_vocabulary, load_tokenizer_files
 from edge_export.checkpoint.tokenizer_files import TokenizerFiles
 from edge_export.data.texts import TextSet, calibration_text, probe_text, read_text_set, to_token_batches
-from edge_export.plan.plan import RECIPES, Recipe
+from edge_export.options import ExportOptions
+from edge_export.plan.plan import Recipe
+from edge_export.progress import Progress, silent
 from edge_export.stages.decoder import PlannedDecoder, Texts, export_stage, plan_stage
 from edge_export.stages.encoder import LoweredEncoder, encoder_golden, encoder_quality, lower_encoder
 from edge_export.stages.pack import (
@@ -40,9 +42,6 @@ from edge_reasoner.contract.profile import DeviceProfile, load_profile, profile_
 from edge_reasoner.contract.profile.cost import GraphCost, predict, predict_encoder
 from edge_reasoner.errors import CheckFailedError, InputError, TargetError, VerificationError
 
-Task = Literal["auto", "causal-lm", "encoder"]
-Progress = Callable[[str, int, int], None]
-
 _TOOLS: Final = (
     "edge-reasoner",
     "gguf",
@@ -59,34 +58,6 @@ _MAX_CALIBRATION_TOKENS, _MIN_CALIBRATION_TOKENS = 2048, 384
 _MAX_QUALITY_TOKENS: Final = 1024
 _SEQUENCE_TOKENS: Final = 512
 _PREDICTED_PROMPT_TOKENS, _PREDICTED_NEW_TOKENS = 512, 128
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What the user may choose. Raises InputError on values that are not allowed."""
-
-    recipe: str = "auto"
-    task: Task = "auto"
-    quantizer: str = "gptq"
-    context_tokens: int | None = None
-    calibration: Path | None = None
-    quality_text: Path | None = None
-    preprocessor: str | None = None
-    max_size_mb: float | None = None
-    max_latency_ms: float | None = None
-    min_quality: float | None = None
-    licence: str | None = None
-    version: int = 1
-    threads: int = 2
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise InputError(f"--recipe {self.recipe!r}: allowed: {', '.join(RECIPES)}")
-        if self.quantizer not in ("gptq", "searched", "rtn"):
-            raise InputError(f"--quantizer {self.quantizer!r}: allowed: gptq, searched, rtn")
-        if self.version < 1:
-            raise InputError(f"--bundle-version {self.version}: allowed: 1 or more")
 
 
 @dataclass(frozen=True)
@@ -131,7 +102,7 @@ def export(
     profile: str | DeviceProfile,
     out: Path | str,
     options: ExportOptions | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> ExportReport:
     """Exports `model` (path or hub id) for a board; the Python twin of `edge-export`.
 

@@ -16,7 +16,8 @@ def export_reference(model: str, out: Path) -> Path:
     """Exports `model` (path or hub id) in float32 to the bundle `out`; returns `out`. Raises as `export`."""
     # As in `cli.py`: waiting threads must not spin. Read once, when torch is loaded by the next import.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from edge_export.pipeline import ExportOptions, export
+    from edge_export.options import ExportOptions
+    from edge_export.pipeline import export
 
     export(model, _PROFILE, out, ExportOptions(recipe="fp32"))
     return out

@@ -28,7 +28,8 @@ def anonymous_mb():
         return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
 import torch
 torch.set_num_threads(2)
-from edge_export.pipeline import ExportOptions, export
+from edge_export.options import ExportOptions
+from edge_export.pipeline import export
 before = peak = anonymous_mb()
 def watch():
     global peak

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from support.tiny_checkpoints import write_checkpoint
 
-from edge_export.pipeline import ExportOptions, export
+from edge_export.options import ExportOptions
+from edge_export.pipeline import export
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLE = "EDGE_REASONER_ORT123_PYTHON"

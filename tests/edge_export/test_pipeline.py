@@ -15,7 +15,8 @@ from support.tiny_berts import make_bert
 from support.tiny_checkpoints import TEMPLATE, VOCAB, save_checkpoint, tokenizer, write_checkpoint
 from support.tiny_models import logits_of, make_model, write_gguf
 
-from edge_export.pipeline import ExportOptions, export
+from edge_export.options import ExportOptions
+from edge_export.pipeline import export
 from edge_reasoner.activation.activate import activate
 from edge_reasoner.backends.golden import try_decoder
 from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession

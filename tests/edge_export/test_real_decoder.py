@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from edge_export.pipeline import ExportOptions, export
+from edge_export.options import ExportOptions
+from edge_export.pipeline import export
 from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession
 from edge_reasoner.contract.bundle.open import open_bundle
 

@@ -14,7 +14,7 @@ One layer's weights are in memory at a time: forward once, then backward layer b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,12 +24,12 @@ from edge_export.model.config import DecoderConfig, TensorSource
 from edge_export.model.layer import LayerTrace, layer_forward, rms_norm, soft_cap
 from edge_export.model.stream import DEFAULT_CHUNK_ROWS, LayerVisit, head_name, layer_weights, stream_hidden
 from edge_export.plan.units import LAYER_UNITS
+from edge_export.progress import Progress
 from edge_export.quantize import BlockFormat, InputStatistics, Quantizer
 from edge_export.quantize.statistics import second_moments
 
 #: unit name → mean square of each of its inputs, float32 [columns]
 Importance = Mapping[str, torch.Tensor]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Weights are never all in memory: see `lower/decoder_weights.py`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from edge_export.plan.plan import (
     needs_losses,
     plan_decoder,
 )
+from edge_export.progress import Progress
 from edge_export.quantize.rtn import SearchedScale
 from edge_export.stages.store_decoder import store_decoder
 from edge_export.storage.decoder import StoredDecoder
@@ -52,7 +53,6 @@ from edge_reasoner.contract.profile.cost import GraphCost, peak_rss_bytes, requi
 from edge_reasoner.contract.profile.schema import DeviceProfile
 from edge_reasoner.errors import VerificationError
 
-Progress = Callable[[str, int, int], None]
 Batches = Sequence[torch.Tensor]
 
 #: The oldest onnxruntime that the graphs have been run on.

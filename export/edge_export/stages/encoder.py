@@ -9,7 +9,7 @@ encoder in memory once (encoders are small).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from edge_export.plan.encoder_formats import (
     encoder_formats,
     encoder_weights,
 )
+from edge_export.progress import Progress
 from edge_export.quantize import QUANTIZERS, BlockFormat, BlockQuantized
 from edge_export.storage.external_data import ExternalData
 from edge_export.storage.matrices import StoredMatrix, store_blocks, store_dense
@@ -43,8 +44,6 @@ from edge_reasoner.contract.bundle.manifest import (
 from edge_reasoner.contract.profile.cost import GraphCost, peak_rss_bytes
 from edge_reasoner.contract.profile.schema import DeviceProfile
 from edge_reasoner.errors import InputError, TargetError
-
-Progress = Callable[[str, int, int], None]
 
 #: The oldest onnxruntime that the graphs have been run on.
 MINIMUM_ONNXRUNTIME: Final = "1.23.2"

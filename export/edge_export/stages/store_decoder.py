@@ -17,6 +17,7 @@ from edge_export.model.layer import LayerTrace, layer_forward, rms_norm
 from edge_export.model.stream import DEFAULT_CHUNK_ROWS, embed_tokens, head_name, layer_weights
 from edge_export.plan.plan import ExportPlan, UnitPlan
 from edge_export.plan.units import LAYER_UNITS
+from edge_export.progress import Progress
 from edge_export.quantize import QUANTIZERS, InputStatistics
 from edge_export.quantize.statistics import second_moments
 from edge_export.storage.decoder import StoredDecoder
@@ -40,7 +41,6 @@ _GRAPH_MATRICES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("down", "down", ("down",)),
 )
 
-Progress = Callable[[str, int, int], None]
 Batches = Sequence[torch.Tensor]
 
 

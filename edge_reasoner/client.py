@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import Any
 
 from edge_reasoner.chat.messages import as_messages
-from edge_reasoner.chat.model import Usage
+from edge_reasoner.chat.model import ChatModel, ChatRequest, Usage
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.cloud import connect
-from edge_reasoner.cloud.base import CloudModel, CloudOptions
+from edge_reasoner.cloud.base import CloudOptions
 from edge_reasoner.errors import InputError
 from edge_reasoner.reasoner import Reasoner, sampling_params
 
@@ -63,7 +63,7 @@ class InferenceClient:
         """
         self._lock = threading.Lock()
         self._reasoner: Reasoner | None = None
-        self._cloud: CloudModel | None = None
+        self._cloud: ChatModel | None = None
         self._bundle: Path | None = None
         place = endpoint if endpoint is not None else model_name
         if place is None:
@@ -131,13 +131,9 @@ class InferenceClient:
 
 
 def _infer_remote(
-    cloud: CloudModel, prompt: str, params: SamplingParams, window: int | None
+    cloud: ChatModel, prompt: str, params: SamplingParams, window: int | None
 ) -> InferenceResult:
-    stream = cloud.stream(as_messages(prompt), params, {} if window is None else {_WINDOW: window})
-    texts = []
-    while True:
-        try:
-            texts.append(next(stream))
-        except StopIteration as end:
-            choice = InferenceChoice("".join(texts), end.value.finish_reason)
-            return InferenceResult((choice,), end.value.model, "cloud", end.value.usage)
+    extra = {} if window is None else {_WINDOW: window}
+    result = cloud.submit(ChatRequest(tuple(as_messages(prompt)), params=params, extra=extra)).result()
+    choice = InferenceChoice(result.text, result.finish_reason)
+    return InferenceResult((choice,), result.model, "cloud", result.usage)

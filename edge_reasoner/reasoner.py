@@ -13,9 +13,10 @@ from typing import Any
 
 from edge_reasoner.activation.activate import Activation, default_cache_dir
 from edge_reasoner.chat.messages import as_messages
+from edge_reasoner.chat.model import ChatModel
 from edge_reasoner.chat.params import SamplingParams
-from edge_reasoner.cloud import connect
-from edge_reasoner.cloud.base import CloudLimits, CloudModel, CloudOptions, CloudPrice
+from edge_reasoner.cloud import DEFAULT_PROTOCOL, connect
+from edge_reasoner.cloud.base import CloudLimits, CloudOptions, CloudPrice
 from edge_reasoner.contract.bundle.manifest import Manifest
 from edge_reasoner.contract.bundle.open import Bundle, open_bundle
 from edge_reasoner.contract.template.render import Message
@@ -41,7 +42,7 @@ class Reasoner:
         self,
         local: LocalModel,
         preprocessor: Preprocessor,
-        cloud: CloudModel | None = None,
+        cloud: ChatModel | None = None,
         *,
         mode: str = "auto",
         policy: Policy | None = None,
@@ -73,6 +74,7 @@ class Reasoner:
         cloud: str | None = None,
         *,
         cloud_model: str | None = None,
+        protocol: str = DEFAULT_PROTOCOL,
         api_key_env: str | None = "OPENAI_API_KEY",
         cloud_limits: CloudLimits | None = None,
         price: CloudPrice | None = None,
@@ -84,7 +86,7 @@ class Reasoner:
         cache_dir: str | os.PathLike[str] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> Reasoner:
-        """Opens a bundle directory and, if `cloud` is its URL, an OpenAI-compatible endpoint.
+        """Opens a bundle directory and, if `cloud` is its URL, an endpoint that speaks `protocol`.
 
         The first opening on a machine runs the bundle's self-test (seconds to a minute); the choice is kept
         in `cache_dir`. Nothing is sent to the cloud yet. `environment` (default: the process's) holds the API
@@ -98,7 +100,8 @@ class Reasoner:
         client = None
         if cloud is not None:
             limits = cloud_limits or CloudLimits()
-            client = connect(CloudOptions(cloud, cloud_model, api_key_env, environment, limits, price))
+            options = CloudOptions(cloud, cloud_model, api_key_env, environment, limits, price)
+            client = connect(options, protocol)
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         machine = Machine(
             threads=threads or default_threads(),

@@ -1,26 +1,32 @@
-"""Cloud protocols: one file and one row of `PROTOCOLS` each."""
+"""Cloud protocols: one file, one name and one row of `PROTOCOLS` each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Literal
 
-from edge_reasoner.cloud.base import CloudModel, CloudOptions
+from edge_reasoner.chat.model import ChatModel
+from edge_reasoner.cloud.base import CloudOptions
 from edge_reasoner.errors import InputError
 
+ProtocolName = Literal["openai"]
+DEFAULT_PROTOCOL: ProtocolName = "openai"
 
-def _openai(options: CloudOptions) -> CloudModel:
+
+def _openai(options: CloudOptions) -> ChatModel:
     from edge_reasoner.cloud.openai_protocol import OpenAIModel
 
     return OpenAIModel(options)
 
 
 #: protocol name → constructor; imports happen when a protocol is first used
-PROTOCOLS: Mapping[str, Callable[[CloudOptions], CloudModel]] = MappingProxyType({"openai": _openai})
+PROTOCOLS: Mapping[ProtocolName, Callable[[CloudOptions], ChatModel]] = MappingProxyType({"openai": _openai})
 
 
-def connect(options: CloudOptions, protocol: str = "openai") -> CloudModel:
+def connect(options: CloudOptions, protocol: str = DEFAULT_PROTOCOL) -> ChatModel:
     """A client for the endpoint; nothing is sent yet. Raises InputError: unknown protocol, bad URL."""
-    if protocol not in PROTOCOLS:
-        raise InputError(f"cloud protocol: {protocol!r} is not known; choose one of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[protocol](options)
+    for name, make in PROTOCOLS.items():
+        if name == protocol:
+            return make(options)
+    raise InputError(f"cloud protocol: {protocol!r} is not known; choose one of {', '.join(PROTOCOLS)}")

@@ -1,14 +1,11 @@
-"""What a cloud protocol offers, and the options all protocols share."""
+"""The options that all cloud protocols share, and what their streams end with."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
-from edge_reasoner.chat.model import Usage
-from edge_reasoner.chat.params import SamplingParams
-from edge_reasoner.contract.template.render import Message
+from edge_reasoner.chat.model import PulledStream, Usage
 from edge_reasoner.errors import InputError
 
 
@@ -63,31 +60,14 @@ class CloudOptions:
 
 @dataclass(frozen=True)
 class CloudResult:
-    """How a cloud answer ended. `usage` is None where the endpoint did not count."""
+    """How a cloud answer ended: a `ChatResult`. `usage` is None where the endpoint did not count."""
 
+    text: str
+    thinking: str | None
     model: str
     finish_reason: str
     usage: Usage | None
 
 
-#: Yields text; returns how it ended.
-CloudStream = Generator[str, None, CloudResult]
-
-
-class CloudModel(Protocol):
-    """A remote chat model. Thread-safe."""
-
-    def stream(
-        self,
-        messages: Sequence[Message],
-        params: SamplingParams,
-        extra: Mapping[str, Any] | None = None,
-    ) -> CloudStream:
-        """Streams an answer. `extra` adds fields to the request as they are.
-
-        Retries within the limits while nothing was yielded. Raises CloudUnavailableError or
-        CloudProtocolError, also in mid-stream.
-        """
-
-    def close(self) -> None:
-        """Closes connections."""
+#: An answer of a cloud protocol under way.
+CloudStream = PulledStream[str, CloudResult]

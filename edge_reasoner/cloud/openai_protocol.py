@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
 import httpx
 import msgspec
 
-from edge_reasoner.chat.model import Usage
+from edge_reasoner.chat.model import ChatRequest, PulledStream, Usage
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.cloud.base import CloudOptions, CloudResult, CloudStream
 from edge_reasoner.cloud.pump import pumped
@@ -24,6 +25,8 @@ from edge_reasoner.errors import CloudError, CloudProtocolError, CloudUnavailabl
 _RETRY_STATUS = frozenset((408, 409, 429, 500, 502, 503, 504, 529))
 _MAX_SHOWN_CHARS = 200
 _MAX_MODEL_LIST_BYTES = 1024 * 1024
+
+_Pieces = Generator[str, None, CloudResult]
 
 
 class _Delta(msgspec.Struct):
@@ -95,26 +98,52 @@ class OpenAIModel:
             headers["Authorization"] = f"Bearer {_check_key(key, options.api_key_env or '', self._url)}"
         self._client = httpx.Client(headers=headers, follow_redirects=False)
 
-    def stream(
-        self,
-        messages: Sequence[Message],
-        params: SamplingParams,
-        extra: Mapping[str, Any] | None = None,
-    ) -> CloudStream:
-        """See `CloudModel.stream`."""
+    @property
+    def name(self) -> str:
+        """The model that is asked for; empty while the endpoint has not said which it serves."""
+        return self._model or ""
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Not known here."""
+        return None
+
+    def submit(self, request: ChatRequest) -> CloudStream:
+        """Starts an answer: see `ChatModel.submit`. Sends nothing before the first piece is asked for.
+
+        Retries within the limits while nothing was yielded. Raises InputError at once: a raw text, or
+        messages that are no JSON; CloudUnavailableError or CloudProtocolError from the stream, also in
+        mid-answer.
+        """
+        if request.text is not None:
+            raise InputError("a cloud endpoint takes messages; it cannot continue a raw text")
+        _request_body("", request.messages, request.params, request.extra)
+        stream: CloudStream = PulledStream(self._pieces(request, lambda: stream.cancelled))
+        return stream
+
+    def _pieces(self, request: ChatRequest, cancelled: Callable[[], bool]) -> _Pieces:
         deadline_s = self._clock() + self._limits.total_s
         late = CloudUnavailableError(f"{self._url}: not done within {self._limits.total_s:g} s")
-        source = self._stream(messages, params, extra, deadline_s)
-        return pumped(source, deadline_s=deadline_s, clock=self._clock, late=lambda: late)
+        source = pumped(
+            self._tried(request, deadline_s), deadline_s=deadline_s, clock=self._clock, late=lambda: late
+        )
+        texts: list[str] = []
+        try:
+            while True:
+                try:
+                    text = next(source)
+                except StopIteration as end:
+                    result: CloudResult = end.value
+                    return replace(result, text="".join(texts))
+                texts.append(text)
+                yield text
+                if cancelled():
+                    return CloudResult("".join(texts), None, self.name, "cancelled", None)
+        finally:
+            source.close()
 
-    def _stream(
-        self,
-        messages: Sequence[Message],
-        params: SamplingParams,
-        extra: Mapping[str, Any] | None,
-        deadline_s: float,
-    ) -> CloudStream:
-        body = _request_body(self._model_name(deadline_s), messages, params, extra)
+    def _tried(self, request: ChatRequest, deadline_s: float) -> _Pieces:
+        body = _request_body(self._model_name(deadline_s), request.messages, request.params, request.extra)
         for attempt in range(self._limits.attempts):
             shown = False
             try:
@@ -226,7 +255,7 @@ class OpenAIModel:
                 raise CloudUnavailableError(f"{self._url}: not done within {self._limits.total_s:g} s")
             yield chunk
 
-    def _texts(self, response: httpx.Response, deadline_s: float) -> CloudStream:
+    def _texts(self, response: httpx.Response, deadline_s: float) -> _Pieces:
         usage: Usage | None = None
         finish: str | None = None
         model = self._model or ""
@@ -237,7 +266,7 @@ class OpenAIModel:
         )
         for data in events:
             if data == "[DONE]":
-                return CloudResult(model, finish or "stop", usage)
+                return CloudResult("", None, model, finish or "stop", usage)
             chunk = self._parse(data)
             model = chunk.model or model
             if chunk.usage is not None:
@@ -248,7 +277,7 @@ class OpenAIModel:
                     yield choice.delta.content
         if finish is None:
             raise _Retry(CloudUnavailableError(f"{self._url}: the stream ended before the answer did"))
-        return CloudResult(model, finish, usage)
+        return CloudResult("", None, model, finish, usage)
 
     def _parse(self, data: str) -> _Chunk:
         try:

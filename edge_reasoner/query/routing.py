@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from edge_reasoner.chat.messages import message_text
-from edge_reasoner.chat.model import Usage
+from edge_reasoner.chat.model import ChatModel, ChatRequest, ChatResult, Usage
 from edge_reasoner.chat.params import SamplingParams
-from edge_reasoner.cloud.base import CloudModel, CloudPrice, CloudResult
+from edge_reasoner.cloud.base import CloudPrice
 from edge_reasoner.contract.template.render import Message
 from edge_reasoner.engine.generate import Generation
 from edge_reasoner.engine.local_model import LocalModel
@@ -65,7 +65,7 @@ class Router:
         self,
         local: LocalModel,
         preprocessor: Preprocessor,
-        cloud: CloudModel | None,
+        cloud: ChatModel | None,
         *,
         policy: Policy,
         price: CloudPrice | None,
@@ -225,19 +225,15 @@ class Router:
             decision = forced("local", ("the answer was shown before its end was judged",), decision)
         return LocalOutcome(generation, decision, hand_over=False)
 
-    def _ask_cloud(self, query: Query, cloud: CloudModel) -> Generator[Piece, None, CloudResult]:
-        stream = cloud.stream(query.messages, query.params)
+    def _ask_cloud(self, query: Query, cloud: ChatModel) -> Generator[Piece, None, ChatResult]:
+        stream = cloud.submit(ChatRequest(tuple(query.messages), params=query.params))
         query.first_token_s = None
         try:
-            while True:
-                try:
-                    text = next(stream)
-                except StopIteration as end:
-                    result: CloudResult = end.value
-                    return result
+            for text in stream:
                 query.first_token_s = query.first_token_s or self._clock()
                 query.cloud_shown += text
                 yield Piece(text, "cloud")
+            return stream.result()
         finally:
             stream.close()
 
@@ -274,7 +270,7 @@ class Router:
             note=note,
         )
 
-    def _cloud_answer(self, query: Query, result: CloudResult, decision: Decision) -> Answer:
+    def _cloud_answer(self, query: Query, result: ChatResult, decision: Decision) -> Answer:
         usage = result.usage or self._shown_usage(query)
         return Answer(
             text=query.cloud_shown,

@@ -23,7 +23,7 @@ from support.hostile_cloud import (
     status,
 )
 
-from edge_reasoner.chat.model import Usage
+from edge_reasoner.chat.model import ChatRequest, Usage
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.cloud import connect
 from edge_reasoner.cloud.base import CloudLimits, CloudOptions, CloudPrice
@@ -48,15 +48,15 @@ def _model(url: str, **options) -> OpenAIModel:
     return OpenAIModel(CloudOptions(url, model="m", limits=LIMITS, **options))
 
 
+def _ask(params: SamplingParams = DEFAULTS, **extra) -> ChatRequest:
+    return ChatRequest(tuple(MESSAGES), params=params, extra=extra)
+
+
 def _read(url: str, params: SamplingParams = DEFAULTS, **options):
     model = _model(url, **options)
-    stream, texts = model.stream(MESSAGES, params), []
     try:
-        while True:
-            try:
-                texts.append(next(stream))
-            except StopIteration as end:
-                return texts, end.value
+        stream = model.submit(_ask(params))
+        return list(stream), stream.result()
     finally:
         model.close()
 
@@ -168,7 +168,7 @@ def test_no_retry_after_text_was_shown(act) -> None:
     """A stream that breaks after its first text is not repeated: the error comes through."""
     with hostile_cloud(act, send(GOOD)) as server:
         model = _model(server.url)
-        stream = model.stream(MESSAGES, SamplingParams())
+        stream = model.submit(_ask())
         assert next(stream) == "Hel"
         with pytest.raises(CloudUnavailableError):
             next(stream)
@@ -194,7 +194,7 @@ def test_retry_after_is_honoured_and_jitter_is_full() -> None:
             sleep=waits.append,
             uniform=lambda low, high: low + 0.5 * (high - low),
         )
-        assert "".join(model.stream(MESSAGES, SamplingParams())) == "Hello"
+        assert "".join(model.submit(_ask())) == "Hello"
         model.close()
     assert waits == [2.5, 1.0]
 
@@ -205,7 +205,7 @@ def test_model_name_is_asked_for_once() -> None:
     with hostile_cloud(listed, send(GOOD)) as server:
         model = OpenAIModel(CloudOptions(server.url, limits=LIMITS))
         for _ in range(2):
-            assert "".join(model.stream(MESSAGES, SamplingParams())) == "Hello"
+            assert "".join(model.submit(_ask())) == "Hello"
         assert [json.loads(r.partition(b"\r\n\r\n")[2])["model"] for r in server.requests[1:]] == [
             "big",
             "big",
@@ -219,7 +219,7 @@ def test_malformed_model_list(body: bytes) -> None:
     with hostile_cloud(send(status(200, body=body))) as server:
         model = OpenAIModel(CloudOptions(server.url, limits=LIMITS))
         with pytest.raises(CloudProtocolError):
-            next(model.stream(MESSAGES, SamplingParams()))
+            next(model.submit(_ask()))
         model.close()
 
 

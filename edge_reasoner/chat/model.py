@@ -34,7 +34,8 @@ class ChatRequest:
     both.
 
     `context_tokens` lowers the model's own limit for this request. `extra` adds fields to an endpoint's
-    request as they are; a local model ignores it.
+    request as they are; a local model ignores it. `hidden` asks a local model for the hidden states of prompt
+    and answer; others ignore it.
     """
 
     messages: tuple[Message, ...] = ()
@@ -42,6 +43,7 @@ class ChatRequest:
     params: SamplingParams = field(default_factory=SamplingParams)
     context_tokens: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    hidden: bool = False
 
     def __post_init__(self) -> None:
         if (self.text is None) == (not self.messages):
@@ -69,8 +71,8 @@ ResultT_co = TypeVar("ResultT_co", bound=ChatResult, covariant=True)
 
 
 class ChatStream(Protocol[PieceT_co, ResultT_co]):
-    """An answer under way. Iterating gives its pieces (str, or a subclass that says more); each is given
-    once.
+    """An answer under way. Iterating gives its pieces (str, or a subclass that says more; some are empty),
+    each once.
 
     Errors of the model are raised by the iteration and by `result`. A stream that is dropped, closed or
     cancelled frees the model within one token.
@@ -112,16 +114,53 @@ PieceT = TypeVar("PieceT", bound=str)
 ResultT = TypeVar("ResultT", bound=ChatResult)
 
 
+class _Cancellable(Protocol):
+    def cancel(self) -> None: ...
+
+
+class Cancellation:
+    """A wish to end an answer: any thread may utter it, whoever makes the answer looks at `wanted`.
+
+    A stream that is read in turn (a tier below) is `follow`ed: the wish is passed on to it at once, so that a
+    reader that waits inside it wakes up.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._followed: _Cancellable | None = None
+
+    def cancel(self) -> None:
+        """Utters the wish. Idempotent."""
+        self.wanted = True
+        followed = self._followed
+        if followed is not None:
+            followed.cancel()
+
+    def follow(self, stream: _Cancellable) -> None:
+        """Passes the wish on to `stream`, also if it was uttered before; replaces the stream before."""
+        self._followed = stream
+        if self.wanted:
+            stream.cancel()
+
+
 class PulledStream(Generic[PieceT, ResultT]):
     """A `ChatStream` over a generator of pieces that returns the result; it runs in its reader's thread.
 
-    `cancelled` is set by `cancel`; the generator is expected to look at it between pieces.
+    The generator gets the same `cancellation` and looks at it between pieces. It must not refer to the stream
+    itself: a dropped stream is then closed at once.
     """
 
-    def __init__(self, pieces: Generator[PieceT, None, ResultT]) -> None:
+    def __init__(
+        self, pieces: Generator[PieceT, None, ResultT], cancellation: Cancellation | None = None
+    ) -> None:
         self._pieces = pieces
+        self._cancellation = cancellation or Cancellation()
         self._result: ResultT | None = None
-        self.cancelled = False
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancellation.wanted
 
     def __iter__(self) -> Iterator[PieceT]:
         return self
@@ -144,11 +183,14 @@ class PulledStream(Generic[PieceT, ResultT]):
 
     def cancel(self) -> None:
         """See `ChatStream`."""
-        self.cancelled = True
+        self._cancellation.cancel()
 
     def close(self) -> None:
-        """See `ChatStream`."""
-        self._pieces.close()
+        """See `ChatStream`. Where another thread is inside, the answer is cancelled instead."""
+        if self._pieces.gi_running:
+            self._cancellation.cancel()
+        else:
+            self._pieces.close()
 
     def __enter__(self) -> PulledStream[PieceT, ResultT]:
         return self

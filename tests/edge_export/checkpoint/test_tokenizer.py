@@ -326,7 +326,7 @@ def test_hostile_descriptions_never_escape(tmp_path, data):
         target = content
         for key in parents:
             target = target[key]
-        target[last] = data.draw(VALUES)
+        target[last] = copy.deepcopy(data.draw(VALUES))  # drawn twice, a list must not end up in itself
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     try:
         assert load_tokenizer_files(tmp_path).tokenizer_json

@@ -301,7 +301,8 @@ def _check_count(name: str, value: int | None) -> None:
 
 
 def _predicted_power_w(manifest: Manifest) -> float | None:
-    predicted = manifest.predicted
-    if predicted is None or predicted.joules_per_token is None:
+    component = manifest.component("reasoner")
+    predicted = None if component is None else component.predicted
+    if predicted is None or predicted.joules_per_token is None or predicted.decode_tps is None:
         return None
     return predicted.joules_per_token * predicted.decode_tps

@@ -112,7 +112,7 @@ def bench(
         "session_options": activated.activation.session_options,
         "runtime": activated.activation.machine.runtime,
         "cpu": activated.activation.machine.cpu,
-        "model": bundle.manifest.source.name,
+        "model": bundle.manifest.model,
         "bundle_id": bundle.manifest.bundle_id,
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": options.new_tokens,

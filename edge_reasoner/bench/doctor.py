@@ -168,12 +168,14 @@ def _kernel_warnings(kernel: KernelCheck) -> list[str]:
 
 def _bundle_warnings(bundle: Bundle, facts: dict[str, Any]) -> list[str]:
     found = []
-    predicted, available = bundle.manifest.predicted, facts["available_bytes"]
-    if predicted is not None and available is not None and predicted.peak_rss_mb * 1e6 > available:
-        found.append(
-            f"the bundle is predicted to take {predicted.peak_rss_mb:.0f} MB;"
-            f" {available / 1e6:.0f} MB are free"
-        )
+    available = facts["available_bytes"]
+    for part in bundle.manifest.components:
+        predicted = part.predicted
+        if predicted is not None and available is not None and predicted.peak_rss_mb * 1e6 > available:
+            found.append(
+                f"the {part.kind} is predicted to take {predicted.peak_rss_mb:.0f} MB;"
+                f" {available / 1e6:.0f} MB are free"
+            )
     made_for, here = _architecture_of(bundle.manifest.profile), str(facts["architecture"])
     if made_for is not None and made_for != {"arm64": "aarch64", "AMD64": "x86_64"}.get(here, here):
         found.append(

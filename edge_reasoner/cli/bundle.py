@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -60,7 +61,7 @@ def verify(bundle: str, component: str | None, no_run: bool, threads: int | None
             opened.component(component)
         checks = [] if no_run else _run_golden(opened, machine, component)
     problem = next((check["problem"] for check in checks if check["problem"]), None)
-    files = [entry for part in opened.manifest.components for entry in part.files]
+    files = opened.manifest.entries
     document = {
         "path": str(opened.root),
         "bundle_id": opened.manifest.bundle_id,
@@ -104,39 +105,45 @@ def _document(opened: Bundle, kind: str | None) -> dict[str, Any]:
         **plain_manifest,
         "path": str(opened.root),
         "signed": (opened.root / SIGNATURE_NAME).is_file(),
-        "size_bytes": sum(part["size_bytes"] for part in components),
+        # the report belongs to the whole bundle, not to one component
+        "size_bytes": sum(part["size_bytes"] for part in components)
+        + (sum(entry.size_bytes for entry in manifest.files) if kind is None else 0),
         "components": components,
     }
 
 
 def _show(document: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Table
 
     console = Console()
-    source = document["source"]
     facts = Table("bundle", plain(document["path"]))
     for name, value in (
-        ("model", f"{source['name']} ({source['format']}, {source['size_bytes'] / 1e6:.1f} MB)"),
         ("made for", document["profile"]),
         ("version", f"{document['version']}{', signed' if document['signed'] else ''}"),
-        ("licence", document["licence"]),
         ("size", f"{document['size_bytes'] / 1e6:.1f} MB"),
-        ("made with", ", ".join(f"{name} {version}" for name, version in document["tools"].items())),
         ("bundle id", document["bundle_id"]),
-        ("predicted", _pairs(document["predicted"] or {}) or "–"),
     ):
         facts.add_row(name, plain(value))
     console.print(facts)
-    table = Table("component", "model", "variants, fastest first", Column("MB", justify="right"), "quality")
     for part in document["components"]:
-        spec = part["spec"]
-        variants = ", ".join(v["id"] + (" (reference)" if v["reference"] else "") for v in part["variants"])
-        model = f"{spec['family']}, {spec['parameters'] / 1e6:.1f} M, {spec['context_tokens']} tokens"
-        size = f"{part['size_bytes'] / 1e6:.1f}"
-        quality = _pairs(part["quality"]) or "–"
-        table.add_row(plain(part["kind"]), plain(model), plain(variants), size, plain(quality))
-    console.print(table)
+        table = Table(plain(part["kind"]), plain(f"{part['name']}, version {part['version']}"))
+        for name, value in _component_rows(part):
+            table.add_row(name, plain(value))
+        console.print(table)
+
+
+def _component_rows(part: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    source, spec = part["source"], part["spec"]
+    yield "from", f"{source['name']} ({source['format']}, {source['size_bytes'] / 1e6:.1f} MB)"
+    yield "licence", part["licence"]
+    yield "made with", ", ".join(f"{name} {version}" for name, version in part["tools"].items())
+    yield "model", f"{spec['family']}, {spec['parameters'] / 1e6:.1f} M, {spec['context_tokens']} tokens"
+    variants = (v["id"] + (" (reference)" if v["reference"] else "") for v in part["variants"])
+    yield "variants, fastest first", ", ".join(variants)
+    yield "size", f"{part['size_bytes'] / 1e6:.1f} MB"
+    yield "quality", _pairs(part["quality"]) or "–"
+    yield "predicted", _pairs(part["predicted"] or {}) or "–"
 
 
 def _pairs(figures: dict[str, float | None]) -> str:

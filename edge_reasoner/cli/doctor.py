@@ -70,7 +70,7 @@ def _bundle_part(opened: Bundle, kernels: list[KernelCheck]) -> dict[str, Any]:
     return {
         "path": str(opened.root),
         "bundle_id": opened.manifest.bundle_id,
-        "model": opened.manifest.source.name,
+        "model": opened.manifest.model,
         "profile": opened.manifest.profile,
         "components": [kernel.as_dict() for kernel in kernels],
     }

@@ -81,7 +81,7 @@ def evaluate(
     document = {
         **summarize(results),
         "mode": mode,
-        "model": opened.manifest.source.name,
+        "model": opened.manifest.model,
         "bundle_id": opened.manifest.bundle_id,
         "data": str(data),
         "seconds": time.monotonic() - start_s,

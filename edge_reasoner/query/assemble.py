@@ -75,7 +75,7 @@ def open_local_model(
         engine,
         tokenizer,
         template,
-        name=bundle.manifest.source.name,
+        name=component.name,
         bos_token_id=spec.bos_token_id if spec.bos_token_id is not None else tokenizer.bos_id,
     )
     return model, activated.activation

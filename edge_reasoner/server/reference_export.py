@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from edge_reasoner._version import __version__
-from edge_reasoner.contract.bundle.manifest import MANIFEST_NAME
+from edge_reasoner.contract.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION
 from edge_reasoner.errors import InputError
 
 ENTRY_POINT_GROUP = "edge_reasoner.exporters"
@@ -67,11 +67,11 @@ def find_exporter() -> Exporter:
 
 
 def content_key(path: Path) -> str:
-    """Digest of this version, and of the names and bytes of a file or of a directory's regular files.
+    """Digest of this version (and schema), and of names and bytes of a file or a directory's regular files.
 
     Raises InputError when they cannot be read or are too many.
     """
-    digest = hashlib.sha256(__version__.encode())
+    digest = hashlib.sha256(f"{__version__} {SCHEMA_VERSION}".encode())
     try:
         for name, file in _files(path):
             digest.update(f"\0{name}\0{file.stat().st_size}\0".encode())

@@ -157,16 +157,14 @@ def _export_decoder(
     predicted = _predicted(planned.cost, board)
     _check_latency(predicted, options)
     if options.dry_run:
-        return _report(None, board, planned.plan.to_dict(), {}, {}, predicted, tokenizer.warnings)
+        shown = msgspec.structs.asdict(_manifest_prediction(predicted))
+        return _report(None, board, planned.plan.to_dict(), {}, {}, shown, tokenizer.warnings)
     with staging_folder(out) as folder:
         packed = _Packed(folder, warnings=list(tokenizer.warnings))
-        _pack_decoder(packed, checkpoint, tokenizer, planned, board, texts, options, progress)
+        _pack_decoder(packed, checkpoint, tokenizer, planned, predicted, board, texts, options, progress)
         if preprocessor is not None:
-            _pack_encoder(packed, preprocessor, board, "int8", options, progress)
-        source = _source(checkpoint, texts.calibration_sha256 if planned.head_analysis else None)
-        plan = planned.plan.to_dict()
-        licence = options.licence or checkpoint.licence
-        return _finish(packed, board, plan, source, licence, predicted, options, out)
+            _pack_encoder(packed, preprocessor, board, "int8", preprocessor.licence, options, progress)
+        return _finish(packed, board, options, out)
 
 
 def _pack_decoder(
@@ -174,6 +172,7 @@ def _pack_decoder(
     checkpoint: DecoderCheckpoint,
     tokenizer: TokenizerFiles,
     planned: PlannedDecoder,
+    predicted: Mapping[str, float | None],
     board: DeviceProfile,
     texts: Texts,
     options: ExportOptions,
@@ -193,7 +192,13 @@ def _pack_decoder(
     packed.components.append(
         Component(
             kind="reasoner",
+            name=checkpoint.name[:200],
             version=options.version,
+            licence=_licence(options.licence or checkpoint.licence, "the checkpoint", packed),
+            source=_source(checkpoint, texts.calibration_sha256 if planned.head_analysis else None),
+            tools=_tool_versions(),
+            plan=dict(planned.plan.to_dict()),
+            predicted=_manifest_prediction(predicted),
             spec=done.spec,
             variants=done.variants,
             golden=golden,
@@ -209,9 +214,10 @@ def _pack_encoder(
     checkpoint: EncoderCheckpoint,
     board: DeviceProfile,
     recipe: str,
+    licence: str | None,
     options: ExportOptions,
     progress: Progress,
-) -> LoweredEncoder:
+) -> None:
     """Lowers, verifies and measures an encoder as the bundle's preprocessor."""
     folder, kind = packed.folder, "preprocessor"
     lowered = lower_encoder(checkpoint, recipe, board, folder, progress)
@@ -239,7 +245,15 @@ def _pack_encoder(
     packed.components.append(
         Component(
             kind="preprocessor",
+            name=checkpoint.name[:200],
             version=options.version,
+            licence=_licence(
+                licence, "the checkpoint" if not packed.components else "the preprocessor", packed
+            ),
+            source=_source(checkpoint, None),
+            tools=_tool_versions(),
+            plan=_encoder_plan(lowered, board),
+            predicted=_manifest_prediction(_encoder_prediction(lowered, board)),
             spec=lowered.spec,
             variants=lowered.variants,
             golden=golden_path,
@@ -248,7 +262,6 @@ def _pack_encoder(
             quality={name: float(f"{value:.5g}") for name, value in quality.items()},
         )
     )
-    return lowered
 
 
 def _export_encoder(
@@ -266,11 +279,9 @@ def _export_encoder(
         return _report(None, board, plan, {}, {}, _encoder_prediction(lowered, board), ())
     with staging_folder(out) as folder:
         packed = _Packed(folder, warnings=list(checkpoint.tokenizer.warnings))
-        lowered = _pack_encoder(packed, checkpoint, board, recipe, options, progress)
-        plan, predicted = _encoder_plan(lowered, board), _encoder_prediction(lowered, board)
-        source = _source(checkpoint, None)
         licence = options.licence or checkpoint.licence
-        return _finish(packed, board, plan, source, licence, predicted, options, out)
+        _pack_encoder(packed, checkpoint, board, recipe, licence, options, progress)
+        return _finish(packed, board, options, out)
 
 
 def _encoder_plan(lowered: LoweredEncoder, board: DeviceProfile) -> dict[str, Any]:
@@ -296,41 +307,29 @@ def _encoder_prediction(lowered: LoweredEncoder, board: DeviceProfile) -> dict[s
 def _finish(
     packed: _Packed,
     board: DeviceProfile,
-    plan: Mapping[str, Any],
-    source: Source,
-    licence: str | None,
-    predicted: Mapping[str, float | None],
     options: ExportOptions,
     out: Path,
 ) -> ExportReport:
     """Checks the limits, writes report and manifest."""
-    if licence is None:
-        licence = "unknown"
-        packed.warnings.append("the checkpoint names no licence; give one with --licence")
-    quality = dict(packed.components[0].quality)
+    main = packed.components[0]
+    plan, source, quality = main.plan, main.source, dict(main.quality)
+    predicted = msgspec.structs.asdict(main.predicted) if main.predicted is not None else {}
     _check_quality(quality, options)
     facts = {"source": source.name, "profile": board.name, **_summary(plan), **quality, **predicted}
     report_file = "report.html"
     units = list(plan.get("units", ()))
     title = f"{source.name} for {board.title}"
     (packed.folder / report_file).write_bytes(render_report(title, facts, units, packed.warnings))
-    first = packed.components[0]
-    entries = (*first.files, *file_entries(packed.folder, [report_file]))
-    components = (msgspec.structs.replace(first, files=entries), *packed.components[1:])
     manifest = write_manifest(
         packed.folder,
         Manifest(
-            schema_version=1,
+            schema_version=2,
             bundle_id="",
             version=options.version,
-            licence=licence,
-            source=source,
-            tools=_tool_versions(),
             profile=board.name,
             profile_sha256=profile_sha256(board),
-            plan=dict(plan),
-            components=components,
-            predicted=_manifest_prediction(predicted),
+            components=tuple(packed.components),
+            files=file_entries(packed.folder, [report_file]),
         ),
     )
     sizes = {"source_bytes": float(source.size_bytes), "bundle_bytes": float(bundle_bytes(packed.folder))}
@@ -342,6 +341,12 @@ def _finish(
             "nothing was written"
         )
     return _report(out, board, plan, sizes, quality, predicted, tuple(packed.warnings))
+
+
+def _licence(licence: str | None, whose: str, packed: _Packed) -> str:
+    if licence is None:
+        packed.warnings.append(f"{whose} names no licence")
+    return licence or "unknown"
 
 
 def _summary(plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -422,9 +427,7 @@ def _prompt_tokens(cost: GraphCost) -> int:
     return max(1, min(_PREDICTED_PROMPT_TOKENS, cost.context_tokens - _PREDICTED_NEW_TOKENS))
 
 
-def _manifest_prediction(predicted: Mapping[str, float | None]) -> Predicted | None:
-    if predicted["decode_tps"] is None:
-        return None
+def _manifest_prediction(predicted: Mapping[str, float | None]) -> Predicted:
     rounded = {name: None if v is None else float(f"{v:.4g}") for name, v in predicted.items()}
     return Predicted(**rounded)  # type: ignore[arg-type]
 

@@ -91,7 +91,7 @@ def test_bundles_open_activate_and_reproduce(case, recipe, board, tmp_path):
     assert active.activation.reports[0].passed
     active.session.close()
     assert report.quality == dict(component.quality) and report.bundle == tmp_path / "out"
-    assert bundle.manifest.plan == json.loads(json.dumps(report.plan))
+    assert component.plan == json.loads(json.dumps(report.plan))
     assert component.spec.bos_token_id is None and component.spec.eos_token_ids[0] == 1
     template = bundle.read_bytes("tokenizer/reasoner/chat_template.jinja", 10_000)
     assert template.decode() == TEMPLATE
@@ -313,8 +313,8 @@ def test_calibration_decides_the_plan_and_is_recorded(model, tmp_path):
     text.write_text("\n".join(json.dumps(row) for row in rows))
     export(str(model), BOARD, tmp_path / "out", options(calibration=text))
     digest = hashlib.sha256(text.read_bytes()).hexdigest()
-    manifest = open_bundle(tmp_path / "out").manifest
-    assert manifest.source.calibration_sha256 == manifest.plan["calibration_sha256"] == digest
+    component = open_bundle(tmp_path / "out").component("reasoner")
+    assert component.source.calibration_sha256 == component.plan["calibration_sha256"] == digest
     default = export(str(model), BOARD, tmp_path / "x", options(dry_run=True))
     assert default.plan["calibration_sha256"] != digest
 
@@ -323,9 +323,9 @@ def test_licence_and_its_absence(model, tmp_path):
     """A licence that nobody names is a warning and 'unknown'; a given one is recorded."""
     report = export(str(model), BOARD, tmp_path / "a", options(recipe="fp32"))
     assert any("licence" in warning for warning in report.warnings)
-    assert open_bundle(tmp_path / "a").manifest.licence == "unknown"
+    assert open_bundle(tmp_path / "a").component("reasoner").licence == "unknown"
     report = export(str(model), BOARD, tmp_path / "b", options(recipe="fp32", licence="apache-2.0"))
-    assert report.warnings == () and open_bundle(tmp_path / "b").manifest.licence == "apache-2.0"
+    assert report.warnings == () and open_bundle(tmp_path / "b").component("reasoner").licence == "apache-2.0"
 
 
 @pytest.mark.parametrize(

@@ -95,15 +95,11 @@ def manifest(components: tuple[Component, ...]) -> Manifest:
     """A sealed manifest of those components."""
     return seal(
         Manifest(
-            schema_version=1,
+            schema_version=2,
             bundle_id="",
             version=1,
-            licence="Apache-2.0",
-            source=Source(name="tiny", format="gguf", sha256="0" * 64, size_bytes=1),
-            tools={"test": "1"},
             profile="generic-x86",
             profile_sha256="0" * 64,
-            plan={},
             components=components,
         )
     )
@@ -145,7 +141,12 @@ def _component(root: Path, kind: str, spec, variants: tuple[Variant, ...]) -> Co
     paths = sorted({*graphs, f"golden/{kind}.json", f"tokenizer/{kind}/tokenizer.json"})
     return Component(
         kind=kind,
+        name="tiny",
         version=1,
+        licence="Apache-2.0",
+        source=Source(name="tiny", format="gguf", sha256="0" * 64, size_bytes=1),
+        tools={"test": "1"},
+        plan={},
         spec=spec,
         variants=variants,
         golden=f"golden/{kind}.json",

@@ -18,9 +18,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from edge_reasoner.contract.bundle.old_schemas import other_schema
 from edge_reasoner.errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 #: A manifest larger than this is refused before it is parsed.
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
@@ -56,7 +57,8 @@ class Variant(_Record, frozen=True, kw_only=True):
     """
 
     id: Name
-    backend: Literal["onnxruntime"]
+    #: a name from the table in `edge_reasoner.backends`
+    backend: Name
     execution_provider: Name
     graph: Annotated[str, Meta(min_length=1, max_length=400)]
     session_options: dict[str, str] = {}
@@ -109,24 +111,8 @@ class EncoderSpec(_Record, frozen=True, kw_only=True, tag="encoder", tag_field="
     pooling: Literal["mean", "cls"]
 
 
-class Component(_Record, frozen=True, kw_only=True):
-    """One independently versioned and replaceable part of a bundle."""
-
-    kind: ComponentKind
-    version: PositiveCount
-    spec: DecoderSpec | EncoderSpec
-    variants: tuple[Variant, ...]
-    #: path of the golden vectors, `golden/<kind>.json`
-    golden: str
-    #: folder with `tokenizer.json` and, for a decoder, perhaps `chat_template.jinja`
-    tokenizer: str
-    files: tuple[FileEntry, ...]
-    #: measured at export, e.g. top1_agreement, perplexity_ratio, mean_cosine, with *_stderr beside them
-    quality: dict[str, float] = {}
-
-
 class Source(_Record, frozen=True, kw_only=True):
-    """Where the weights came from."""
+    """Where a component's weights came from."""
 
     name: Name
     format: Literal["safetensors", "gguf"]
@@ -136,30 +122,65 @@ class Source(_Record, frozen=True, kw_only=True):
 
 
 class Predicted(_Record, frozen=True, kw_only=True):
-    """The cost model's figures for the profile (estimates: never a measurement)."""
+    """The cost model's figures of a component on the bundle's board (estimates: never a measurement).
+
+    An encoder decodes nothing: its `decode_tps` is None, and `ttft_ms` is the time of one text.
+    """
 
     prefill_tps: float
-    decode_tps: float
+    decode_tps: float | None = None
     ttft_ms: float
     peak_rss_mb: float
     joules_per_token: float | None = None
 
 
-class Manifest(_Record, frozen=True, kw_only=True):
-    """The whole manifest."""
+class Component(_Record, frozen=True, kw_only=True):
+    """One part of a bundle, with all that is known of it; replaced as a whole, without its neighbours."""
 
-    schema_version: Literal[1]
-    bundle_id: str
+    kind: ComponentKind
+    #: what people call the model
+    name: Name
     version: PositiveCount
     licence: Name
     source: Source
+    #: name -> version of what took part in making it
     tools: dict[str, str]
-    profile: Name
-    profile_sha256: Sha256
     #: the exporter's plan, as printed by --dry-run: every per-layer decision
     plan: dict[str, Json]
-    components: tuple[Component, ...]
+    spec: DecoderSpec | EncoderSpec
+    variants: tuple[Variant, ...]
+    #: path of the golden vectors, `golden/<kind>.json`
+    golden: str
+    #: folder with `tokenizer.json` and, for a decoder, perhaps `chat_template.jinja`
+    tokenizer: str
+    files: tuple[FileEntry, ...]
+    #: measured at export, e.g. top1_agreement, perplexity_ratio, mean_cosine, with *_stderr beside them
+    quality: dict[str, float] = {}
     predicted: Predicted | None = None
+
+
+class Manifest(_Record, frozen=True, kw_only=True):
+    """The whole manifest: what board the bundle is for, its components, and what belongs to none of them."""
+
+    schema_version: Literal[2]
+    bundle_id: str
+    version: PositiveCount
+    profile: Name
+    profile_sha256: Sha256
+    components: tuple[Component, ...]
+    #: files of the bundle as a whole: `report.html`
+    files: tuple[FileEntry, ...] = ()
+
+    @property
+    def entries(self) -> tuple[FileEntry, ...]:
+        """Every listed file: the components' in their order, then the bundle's own."""
+        return (*(entry for part in self.components for entry in part.files), *self.files)
+
+    @property
+    def model(self) -> str:
+        """What people call the bundle's model: its reasoner's name, or the first component's."""
+        named = self.component("reasoner") or next(iter(self.components), None)
+        return "" if named is None else named.name
 
     def component(self, kind: ComponentKind) -> Component | None:
         """The component of that kind, or None."""
@@ -175,25 +196,34 @@ class Manifest(_Record, frozen=True, kw_only=True):
         seen: set[str] = set()
         for component in self.components:
             where = f"{MANIFEST_NAME}: component {component.kind!r}"
-            paths = {entry.path for entry in component.files}
-            for entry in component.files:
-                check_relative_path(entry.path, where)
-                if entry.path in seen or entry.path == MANIFEST_NAME:
-                    raise BundleError(f"{where}: file {entry.path!r} is listed twice")
-                seen.add(entry.path)
-            if not component.variants:
-                raise BundleError(f"{where}: variants: at least one is needed")
-            for named in [component.golden, *(v.graph for v in component.variants)]:
-                if named not in paths:
-                    raise BundleError(f"{where}: {named!r} is not among its files")
-            check_relative_path(component.tokenizer, where)
-            if isinstance(component.spec, DecoderSpec) and (
-                len(component.spec.kv_heads) != len(component.spec.head_dim)
-            ):
-                raise BundleError(f"{where}: spec: kv_heads and head_dim differ in length")
+            _check_files(component.files, seen, where)
+            _check_component(component, where)
+        _check_files(self.files, seen, MANIFEST_NAME)
         if len(seen) > MAX_FILES:
             raise BundleError(f"{MANIFEST_NAME}: {len(seen)} files; at most {MAX_FILES} are allowed")
         return self
+
+
+def _check_files(files: tuple[FileEntry, ...], seen: set[str], where: str) -> None:
+    """Plain paths, none twice in the whole bundle; adds them to `seen`."""
+    for entry in files:
+        check_relative_path(entry.path, where)
+        if entry.path in seen or entry.path == MANIFEST_NAME:
+            raise BundleError(f"{where}: file {entry.path!r} is listed twice")
+        seen.add(entry.path)
+
+
+def _check_component(component: Component, where: str) -> None:
+    paths = {entry.path for entry in component.files}
+    if not component.variants:
+        raise BundleError(f"{where}: variants: at least one is needed")
+    for named in [component.golden, *(v.graph for v in component.variants)]:
+        if named not in paths:
+            raise BundleError(f"{where}: {named!r} is not among its files")
+    check_relative_path(component.tokenizer, where)
+    spec = component.spec
+    if isinstance(spec, DecoderSpec) and len(spec.kv_heads) != len(spec.head_dim):
+        raise BundleError(f"{where}: spec: kv_heads and head_dim differ in length")
 
 
 class GoldenCheck(_Record, frozen=True, kw_only=True):
@@ -270,7 +300,7 @@ def parse_manifest(data: bytes) -> Manifest:
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{MANIFEST_NAME}: {error}") from error
+        raise BundleError(other_schema(data, SCHEMA_VERSION) or f"{MANIFEST_NAME}: {error}") from error
     if to_canonical_json(manifest) != data:
         raise BundleError(f"{MANIFEST_NAME}: not canonical JSON (its bytes were changed after export)")
     return manifest.validate()

@@ -57,10 +57,9 @@ class Bundle:
 
     def entry(self, relative: str) -> FileEntry:
         """The manifest's entry of a file. Raises BundleError if the manifest does not list it."""
-        for component in self.manifest.components:
-            for entry in component.files:
-                if entry.path == relative:
-                    return entry
+        for entry in self.manifest.entries:
+            if entry.path == relative:
+                return entry
         raise BundleError(f"{self.root}: the manifest lists no file {relative!r}")
 
     def path_of(self, relative: str) -> Path:
@@ -103,7 +102,7 @@ def open_bundle(
     for component in manifest.components:
         _check_spec(component)
         _check_tokenizer(component)
-    entries = {entry.path: entry for c in manifest.components for entry in c.files}
+    entries = {entry.path: entry for entry in manifest.entries}
     _check_listing(root, entries)
     total_bytes = sum(entry.size_bytes for entry in entries.values())
     done_bytes = 0

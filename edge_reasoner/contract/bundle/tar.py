@@ -128,7 +128,7 @@ def _members(tar: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarInfo]:
 
 
 def _check_members(members: dict[str, tarfile.TarInfo], manifest: Manifest, path: Path) -> None:
-    sizes = {entry.path: entry.size_bytes for component in manifest.components for entry in component.files}
+    sizes = {entry.path: entry.size_bytes for entry in manifest.entries}
     for name, member in members.items():
         if name == SIGNATURE_NAME and member.size <= _MAX_SIGNATURE_BYTES:
             continue

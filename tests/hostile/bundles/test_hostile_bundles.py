@@ -149,13 +149,17 @@ def component(plain: dict) -> dict:
 FORGED = {
     "unknown field": (lambda m: m.update(evil=1), "unknown field"),
     "unknown nested field": (lambda m: component(m)["spec"].update(hook="x"), "unknown field"),
-    "missing field": (lambda m: m.pop("licence"), "licence"),
+    "missing field": (lambda m: component(m).pop("licence"), "licence"),
+    "no source": (lambda m: component(m).pop("source"), "source"),
+    "source of the bundle": (lambda m: m.update(source=component(m)["source"]), "unknown field"),
     "wrong type": (lambda m: m.update(version="1"), "version"),
     "version 0": (lambda m: m.update(version=0), "version"),
-    "schema": (lambda m: m.update(schema_version=2), "schema_version"),
+    "schema": (lambda m: m.update(schema_version=3), "schema_version 3"),
+    "schema 0": (lambda m: m.update(schema_version=0), "schema_version 0"),
+    "schema as text": (lambda m: m.update(schema_version="2"), "schema_version"),
     "unknown kind": (lambda m: component(m).update(kind="rootkit"), "kind"),
     "duplicate kind": (lambda m: m["components"].append(m["components"][0]), "twice"),
-    "unknown backend": (lambda m: component(m)["variants"][0].update(backend="sh"), "backend"),
+    "nameless backend": (lambda m: component(m)["variants"][0].update(backend=""), "backend"),
     "no variants": (lambda m: component(m).update(variants=[]), "at least one"),
     "context 2^53": (lambda m: component(m)["spec"].update(context_tokens=2**53), "at most 16777216"),
     "context 2^64": (lambda m: component(m)["spec"].update(context_tokens=2**64), "context_tokens"),
@@ -177,6 +181,14 @@ FORGED = {
         "at most 4096",
     ),
     "listed twice": (lambda m: component(m)["files"].append(component(m)["files"][0]), "twice"),
+    "bundle's file listed twice": (
+        lambda m: m.update(files=[component(m)["files"][0]]),
+        "listed twice",
+    ),
+    "bundle's file is not there": (
+        lambda m: m.update(files=[{"path": "report.html", "size_bytes": 1, "sha256": "0" * 64}]),
+        "'report.html' is missing",
+    ),
     "graph unlisted": (lambda m: component(m)["variants"][0].update(graph="graphs/x.onnx"), "not among"),
     "graph is data": (
         lambda m: component(m)["variants"][0].update(graph="graphs/int4.onnx.data"),
@@ -186,8 +198,13 @@ FORGED = {
     "tokenizer outside": (lambda m: component(m).update(tokenizer="../x"), "must be relative"),
 }
 for bad in ("../etc/passwd", "/etc/passwd", "a/../../b", "./a", "a//b", "a\\b", "a\x00b", "..", "a b"):
+    entry = {"path": bad, "size_bytes": 0, "sha256": "0" * 64}
     FORGED[f"path {bad!r}"] = (
-        lambda m, bad=bad: component(m)["files"].append({"path": bad, "size_bytes": 0, "sha256": "0" * 64}),
+        lambda m, entry=entry: component(m)["files"].append(entry),
+        "must be relative",
+    )
+    FORGED[f"bundle's path {bad!r}"] = (
+        lambda m, entry=entry: m.update(files=[entry]),
         "must be relative",
     )
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from edge_reasoner.chat.model import PulledStream, Usage
 from edge_reasoner.errors import InputError
 
+_TIMES = ("connect_s", "read_s", "total_s")
+
 
 @dataclass(frozen=True)
 class CloudLimits:
@@ -23,9 +25,11 @@ class CloudLimits:
     retry_after_cap_s: float = 10.0
     line_bytes: int = 1024 * 1024
     response_bytes: int = 16 * 1024 * 1024
+    #: text and thinking together; no model writes as much
+    answer_chars: int = 1_000_000
 
     def __post_init__(self) -> None:
-        for name in ("connect_s", "read_s", "total_s", "attempts", "line_bytes", "response_bytes"):
+        for name in (*_TIMES, "attempts", "line_bytes", "response_bytes", "answer_chars"):
             if not getattr(self, name) > 0:
                 raise InputError(f"cloud limits: {name} must be more than 0, not {getattr(self, name)!r}")
 

@@ -5,73 +5,42 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
-from ipaddress import ip_address
-from typing import Any
 
-import httpx
-import msgspec
-
-from edge_reasoner.chat.model import ChatRequest, PulledStream, Usage
-from edge_reasoner.chat.params import SamplingParams
+from edge_reasoner.chat.model import Cancellation, ChatRequest, PulledStream
+from edge_reasoner.cloud.answer import AnswerUnderWay
 from edge_reasoner.cloud.base import CloudOptions, CloudResult, CloudStream
+from edge_reasoner.cloud.dialect import MAX_REPAIRS, Dialect, encode, request_body
+from edge_reasoner.cloud.faults import Fault, one_line, parse_fault
+from edge_reasoner.cloud.model_list import ListedModel, first_chat_model
 from edge_reasoner.cloud.pump import pumped
-from edge_reasoner.cloud.sse import read_events
-from edge_reasoner.contract.template.render import Message
+from edge_reasoner.cloud.redact import scrubbed, shown_url
+from edge_reasoner.cloud.replies import EndpointFailedError, parse_part
+from edge_reasoner.cloud.retry import RetryError, is_passing, retry_after_s
+from edge_reasoner.cloud.sse import Event, read_events
+from edge_reasoner.cloud.transport import Reply, Transport
 from edge_reasoner.errors import CloudError, CloudProtocolError, CloudUnavailableError, InputError
 
-_RETRY_STATUS = frozenset((408, 409, 429, 500, 502, 503, 504, 529))
-_MAX_SHOWN_CHARS = 200
-_MAX_MODEL_LIST_BYTES = 1024 * 1024
+_MAX_MODEL_LIST_BYTES = 16 * 1024 * 1024
+_MAX_FAULT_BYTES = 64 * 1024
+_NAME_A_MODEL = "name the model with cloud_model (--cloud-model)"
+_PINGS = frozenset(("ping", "heartbeat", "keepalive", "keep-alive"))
+_NO_TEXT_KINDS = ("text/html", "image/", "audio/", "video/")
 
 _Pieces = Generator[str, None, CloudResult]
 
 
-class _Delta(msgspec.Struct):
-    content: str | None = None
+class _RefusedError(Exception):
+    """The endpoint refused a request as it was; another wording of it may do."""
 
-
-class _Choice(msgspec.Struct):
-    delta: _Delta = msgspec.field(default_factory=_Delta)
-    finish_reason: str | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice]
-    model: str | None = None
-    usage: _Usage | None = None
-
-
-class _Fault(msgspec.Struct):
-    message: str = ""
-
-
-class _FaultBody(msgspec.Struct):
-    error: _Fault
-
-
-class _ListedModel(msgspec.Struct):
-    id: str
-
-
-class _ModelList(msgspec.Struct):
-    data: list[_ListedModel]
-
-
-class _Retry(Exception):  # noqa: N818  # never leaves this module
-    """An attempt failed in a way that another may not; `wait_s` is the server's wish, if it had one."""
-
-    def __init__(self, error: CloudError, wait_s: float | None = None) -> None:
+    def __init__(self, error: CloudError, status: int, fault: Fault) -> None:
         super().__init__(str(error))
-        self.error = error
-        self.wait_s = wait_s
+        self.error, self.status, self.fault = error, status, fault
+
+
+class _NotAPartError(Exception):
+    """What arrived is no part of an answer."""
 
 
 class OpenAIModel:
@@ -84,48 +53,59 @@ class OpenAIModel:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         uniform: Callable[[float, float], float] = random.uniform,
+        now: Callable[[], float] = time.time,
     ) -> None:
-        """Checks the URL; sends nothing. Raises InputError."""
-        self._url = _check_url(options.url)
+        """Checks the URL's form and sends nothing. Raises InputError.
+
+        A key, a proxy or certificates that cannot be used are a CloudError of the first answer. `now`:
+        seconds since 1970.
+        """
+        self._transport = Transport(options, clock)
+        self._url = self._transport.url
+        self._options = options
         self._limits = options.limits
-        self._model = options.model
-        self._model_lock = threading.Lock()
-        self._clock, self._sleep, self._uniform = clock, sleep, uniform
-        # identity: a compressed reply could unpack to any size
-        headers = {"Accept-Encoding": "identity", "User-Agent": "edge-reasoner"}
-        key = options.environment.get(options.api_key_env, "") if options.api_key_env else ""
-        if key:
-            headers["Authorization"] = f"Bearer {_check_key(key, options.api_key_env or '', self._url)}"
-        self._client = httpx.Client(headers=headers, follow_redirects=False)
+        self._dialect = Dialect()
+        self._listed: ListedModel | None = None
+        self._list_lock = threading.Lock()
+        self._clock, self._sleep, self._uniform, self._now = clock, sleep, uniform, now
 
     @property
     def name(self) -> str:
         """The model that is asked for; empty while the endpoint has not said which it serves."""
-        return self._model or ""
+        return self._options.model or (self._listed.id if self._listed else "")
 
     @property
     def context_tokens(self) -> int | None:
-        """Not known here."""
-        return None
+        """What the endpoint's list of models says, where it was asked for and says it."""
+        return self._listed.context_tokens if self._listed else None
 
     def submit(self, request: ChatRequest) -> CloudStream:
         """Starts an answer: see `ChatModel.submit`. Sends nothing before the first piece is asked for.
 
         Retries within the limits while nothing was yielded. Raises InputError at once: a raw text, or
         messages that are no JSON; CloudUnavailableError or CloudProtocolError from the stream, also in
-        mid-answer.
+        mid-answer. None of them, nor anything in the answer, holds the API key.
         """
         if request.text is not None:
             raise InputError("a cloud endpoint takes messages; it cannot continue a raw text")
-        _request_body("", request.messages, request.params, request.extra)
-        stream: CloudStream = PulledStream(self._pieces(request, lambda: stream.cancelled))
-        return stream
+        encode(request_body("", request))
+        cancellation = Cancellation()
+        return PulledStream(self._pieces(request, cancellation), cancellation)
 
-    def _pieces(self, request: ChatRequest, cancelled: Callable[[], bool]) -> _Pieces:
-        deadline_s = self._clock() + self._limits.total_s
-        late = CloudUnavailableError(f"{self._url}: not done within {self._limits.total_s:g} s")
+    def close(self) -> None:
+        """Closes connections."""
+        self._transport.close()
+
+    def _pieces(self, request: ChatRequest, cancellation: Cancellation) -> _Pieces:
+        """The answer as its reader sees it: within the total time, cancellable, errors without secrets."""
+        end_s = self._clock() + self._limits.total_s
+        answer = AnswerUnderWay(self._transport.redactor, self._limits.answer_chars, self._clock)
         source = pumped(
-            self._tried(request, deadline_s), deadline_s=deadline_s, clock=self._clock, late=lambda: late
+            self._tried(request, end_s, answer),
+            deadline_s=lambda: min(end_s, answer.settled_s),
+            clock=self._clock,
+            late=lambda: self._late(answer),
+            cancellation=cancellation,
         )
         texts: list[str] = []
         try:
@@ -133,249 +113,201 @@ class OpenAIModel:
                 try:
                     text = next(source)
                 except StopIteration as end:
-                    result: CloudResult = end.value
+                    result: CloudResult = end.value or answer.cancelled()
                     return replace(result, text="".join(texts))
-                texts.append(text)
-                yield text
-                if cancelled():
-                    return CloudResult("".join(texts), None, self.name, "cancelled", None)
+                if text:
+                    texts.append(text)
+                    yield text
+        except CloudError as error:
+            failed = scrubbed(error, self._transport.redactor)
         finally:
             source.close()
+        # outside of the handler: what a secret was cut out of must not hang on it as its context
+        raise failed
 
-    def _tried(self, request: ChatRequest, deadline_s: float) -> _Pieces:
-        body = _request_body(self._model_name(deadline_s), request.messages, request.params, request.extra)
-        for attempt in range(self._limits.attempts):
-            shown = False
+    def _late(self, answer: AnswerUnderWay) -> CloudResult:
+        if answer.complete:
+            return self._concluded(answer)
+        raise CloudUnavailableError(f"{self._url}: not done within {self._limits.total_s:g} s")
+
+    def _tried(self, request: ChatRequest, end_s: float, answer: AnswerUnderWay) -> _Pieces:
+        """Attempts, each in the words that the endpoint takes, until one succeeds."""
+        body = request_body(self._model_name(end_s), request)
+        changes: dict[str, str | None] = {}
+        attempt = 0
+        while True:
+            sent = self._dialect.apply(body, changes)
+            answer.begin(sent, stop=request.params.stop if "stop" not in sent else ())
             try:
-                with self._post(body, deadline_s) as response:
-                    texts = self._texts(response, deadline_s)
-                    while True:
-                        try:
-                            text = next(texts)
-                        except StopIteration as end:
-                            result: CloudResult = end.value
-                            return result
-                        shown = True
-                        yield text
-            except _Retry as failed:
-                if shown:
+                yield from self._once(encode(sent), end_s, answer)
+                return self._concluded(answer)
+            except _RefusedError as refused:
+                change = self._dialect.repair(refused.status, refused.fault, sent, frozenset(request.extra))
+                if change is None or len(changes) >= MAX_REPAIRS:
+                    raise refused.error from refused
+                changes.update((change,))
+            except RetryError as failed:
+                if answer.complete:
+                    # it was whole before the connection broke
+                    return self._concluded(answer)
+                if answer.shown:
                     raise failed.error from failed
-                self._back_off(attempt, failed, deadline_s)
-        raise CloudUnavailableError(f"{self._url}: no attempt was allowed")
+                self._back_off(attempt, failed, end_s)
+                attempt += 1
 
-    def close(self) -> None:
-        """Closes connections."""
-        self._client.close()
-
-    def _model_name(self, deadline_s: float) -> str:
-        with self._model_lock:
-            if self._model is None:
-                self._model = self._first_model(deadline_s)
-            return self._model
-
-    def _first_model(self, deadline_s: float) -> str:
-        for attempt in range(self._limits.attempts):
-            try:
-                with self._exchange("GET", "/models", None, deadline_s) as response:
-                    body = self._body(response, deadline_s, _MAX_MODEL_LIST_BYTES)
-                listed = msgspec.json.decode(body, type=_ModelList).data
-                if not listed:
-                    raise CloudProtocolError(f"{self._url}: lists no model; name one with --cloud-model")
-                return listed[0].id
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise CloudProtocolError(f"{self._url}/models: not a model list: {error}") from error
-            except _Retry as failed:
-                self._back_off(attempt, failed, deadline_s)
-        raise CloudUnavailableError(f"{self._url}: no attempt was allowed")
-
-    @contextmanager
-    def _post(self, body: bytes, deadline_s: float) -> Iterator[httpx.Response]:
-        with self._exchange("POST", "/chat/completions", body, deadline_s) as response:
-            kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "text/event-stream":
+    def _once(self, body: bytes, end_s: float, answer: AnswerUnderWay) -> Iterator[str]:
+        with self._transport.exchange("POST", "/chat/completions", body, end_s) as reply:
+            if reply.status != 200:
+                raise self._refusal(reply)
+            kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind.startswith(_NO_TEXT_KINDS):
+                hint = self._path_hint()
                 raise CloudProtocolError(
-                    f"{self._url}: content type {kind[:80]!r}; expected text/event-stream"
+                    f"{self._url}: content type {one_line(kind, 80)!r}; expected text/event-stream{hint}"
                 )
-            yield response
+            # what it is shows in its first character; content types are often wrong
+            start, chunks = _peeked(reply.chunks(self._limits.response_bytes))
+            if start in (b"{", b"["):
+                try:
+                    yield from self._add(answer, b"".join(chunks))
+                except _NotAPartError as error:
+                    raise CloudProtocolError(str(error)) from error
+                yield answer.end()
+                return
+            yield from self._events(chunks, answer)
 
-    @contextmanager
-    def _exchange(
-        self, method: str, path: str, body: bytes | None, deadline_s: float
-    ) -> Iterator[httpx.Response]:
-        """One request. Network faults in it, and in the reading of its response, become `_Retry`."""
-        limits, left_s = self._limits, deadline_s - self._clock()
-        if left_s <= 0:
-            raise CloudUnavailableError(f"{self._url}: no answer within {limits.total_s:g} s")
-        timeout = httpx.Timeout(min(limits.read_s, left_s), connect=min(limits.connect_s, left_s))
-        headers = {"Content-Type": "application/json"} if body is not None else {}
-        try:
-            with self._client.stream(
-                method, self._url + path, content=body, headers=headers, timeout=timeout
-            ) as response:
-                self._check_status(response, deadline_s)
-                if response.headers.get("content-encoding", "identity").lower() != "identity":
-                    raise CloudProtocolError(f"{self._url}: sent a compressed reply that was not asked for")
-                yield response
-        except httpx.TimeoutException as error:
-            what = "connection" if isinstance(error, (httpx.ConnectTimeout, httpx.PoolTimeout)) else "data"
-            raise _Retry(CloudUnavailableError(f"{self._url}: timed out waiting for {what}")) from error
-        except (httpx.DecodingError, httpx.RemoteProtocolError) as error:
-            # a connection closed in mid-answer arrives here too: worth another attempt
-            raise _Retry(CloudUnavailableError(f"{self._url}: broken reply: {_one_line(error)}")) from error
-        except httpx.HTTPError as error:
-            raise _Retry(CloudUnavailableError(f"{self._url}: {_one_line(error)}")) from error
-
-    def _check_status(self, response: httpx.Response, deadline_s: float) -> None:
-        status = response.status_code
-        if status == 200:
-            return
-        said = _fault_text(self._body(response, deadline_s, 64 * 1024, strict=False))
-        text = f"{self._url}: HTTP {status}{said}"
-        if status in _RETRY_STATUS:
-            raise _Retry(CloudUnavailableError(text), _retry_after_s(response.headers.get("retry-after")))
-        if 300 <= status < 400:
-            raise CloudProtocolError(f"{text}: redirects are not followed")
-        raise CloudProtocolError(text)
-
-    def _body(
-        self, response: httpx.Response, deadline_s: float, limit_bytes: int, *, strict: bool = True
-    ) -> bytes:
-        body = b""
-        for chunk in self._chunks(response, deadline_s):
-            body += chunk
-            if len(body) > limit_bytes:
-                if strict:
-                    raise CloudProtocolError(f"{self._url}: a reply of more than {limit_bytes} bytes")
-                return body[:limit_bytes]
-        return body
-
-    def _chunks(self, response: httpx.Response, deadline_s: float) -> Iterator[bytes]:
-        for chunk in response.iter_raw():
-            if self._clock() > deadline_s:
-                raise CloudUnavailableError(f"{self._url}: not done within {self._limits.total_s:g} s")
-            yield chunk
-
-    def _texts(self, response: httpx.Response, deadline_s: float) -> _Pieces:
-        usage: Usage | None = None
-        finish: str | None = None
-        model = self._model or ""
-        events = read_events(
-            self._chunks(response, deadline_s),
-            line_bytes=self._limits.line_bytes,
-            response_bytes=self._limits.response_bytes,
-        )
-        for data in events:
+    def _events(self, chunks: Iterable[bytes], answer: AnswerUnderWay) -> Iterator[str]:
+        limits = self._limits
+        for event in read_events(chunks, line_bytes=limits.line_bytes, response_bytes=limits.response_bytes):
+            data = event.data.strip()
+            if not data or event.name in _PINGS:
+                continue
             if data == "[DONE]":
-                return CloudResult("", None, model, finish or "stop", usage)
-            chunk = self._parse(data)
-            model = chunk.model or model
-            if chunk.usage is not None:
-                usage = Usage(max(0, chunk.usage.prompt_tokens), max(0, chunk.usage.completion_tokens))
-            for choice in chunk.choices[:1]:
-                finish = choice.finish_reason or finish
-                if choice.delta.content:
-                    yield choice.delta.content
-        if finish is None:
-            raise _Retry(CloudUnavailableError(f"{self._url}: the stream ended before the answer did"))
-        return CloudResult("", None, model, finish, usage)
+                yield answer.end()
+                return
+            if event.name == "error":
+                raise self._failed(parse_fault(data.encode("utf-8", "replace")))
+            yield from self._event(event, answer)
+        if not answer.complete:
+            raise self._unfinished(answer)
 
-    def _parse(self, data: str) -> _Chunk:
+    def _event(self, event: Event, answer: AnswerUnderWay) -> Iterator[str]:
         try:
-            return msgspec.json.decode(data.encode("utf-8"), type=_Chunk)
-        except (msgspec.DecodeError, RecursionError) as error:
-            if said := _fault_text(data.encode("utf-8")):
-                raise CloudProtocolError(f"{self._url}: failed while answering{said}") from error
-            raise CloudProtocolError(f"{self._url}: not a chat-completions event: {error}") from error
+            yield from self._add(answer, event.data)
+        except _NotAPartError as error:
+            if not event.whole:
+                raise self._unfinished(answer) from error
+            # events with a name of their own are not for us
+            if event.name == "message":
+                raise CloudProtocolError(str(error)) from error
 
-    def _back_off(self, attempt: int, failed: _Retry, deadline_s: float) -> None:
+    def _add(self, answer: AnswerUnderWay, data: bytes | str) -> Iterator[str]:
+        try:
+            part = parse_part(data, first=not answer.shown)
+        except EndpointFailedError as error:
+            raise self._failed(error.fault) from error
+        except CloudProtocolError as error:
+            raise _NotAPartError(f"{self._url}: {error}") from error
+        text = answer.add(part)
+        if answer.too_long:
+            raise CloudProtocolError(
+                f"{self._url}: an answer of more than {self._limits.answer_chars} characters"
+            )
+        # also an empty piece: the reader's deadline may have changed
+        yield text
+
+    def _concluded(self, answer: AnswerUnderWay) -> CloudResult:
+        flaw = answer.flaw()
+        if flaw is not None:
+            raise CloudProtocolError(f"{self._url}: {flaw}")
+        return answer.result(self.name)
+
+    def _failed(self, fault: Fault) -> CloudProtocolError:
+        said = fault.shown or ": the endpoint reports an error"
+        return CloudProtocolError(f"{self._url}: failed while answering{said}")
+
+    def _unfinished(self, answer: AnswerUnderWay) -> RetryError:
+        said = f": {one_line(answer.remark)}" if answer.remark else ""
+        return RetryError(CloudUnavailableError(f"{self._url}: the stream ended before the answer did{said}"))
+
+    def _refusal(self, reply: Reply) -> Exception:
+        """The exception for a reply that is no answer."""
+        status = reply.status
+        fault = parse_fault(reply.start_of_body(_MAX_FAULT_BYTES))
+        text = f"{self._url}: HTTP {status}{fault.shown}"
+        if status == 429 or is_passing(status, fault):
+            error = CloudUnavailableError(text)
+            if not is_passing(status, fault):
+                return error
+            return RetryError(error, retry_after_s(reply.headers, self._now))
+        if 300 <= status < 400:
+            place = one_line(shown_url(reply.headers.get("location", "")))
+            text += f": redirects are not followed{f'; it points to {place}' if place else ''}"
+        elif status in (401, 403) and self._options.api_key_env:
+            text += f" (the key is read from {self._options.api_key_env})"
+        elif status in (404, 405):
+            about_model = "model" in fault.message.lower() or any("model" in code for code in fault.codes)
+            text += f"; {_NAME_A_MODEL}" if about_model else self._path_hint()
+        return _RefusedError(CloudProtocolError(text), status, fault)
+
+    def _path_hint(self) -> str:
+        if self._url.endswith("/v1"):
+            return "; is that the URL of the API?"
+        return f"; the URL of an API mostly ends in /v1: try {self._url}/v1"
+
+    def _model_name(self, end_s: float) -> str:
+        if self._options.model is not None:
+            return self._options.model
+        with self._list_lock:
+            if self._listed is None:
+                self._listed = self._first_model(end_s)
+            return self._listed.id
+
+    def _first_model(self, end_s: float) -> ListedModel:
+        attempt = 0
+        while True:
+            try:
+                with self._transport.exchange("GET", "/models", None, end_s) as reply:
+                    if reply.status != 200:
+                        raise self._refusal(reply)
+                    body = reply.body(_MAX_MODEL_LIST_BYTES)
+                return first_chat_model(body)
+            except _RefusedError as refused:
+                asked = f"{refused.error}; it does not list its models: {_NAME_A_MODEL}"
+                raise CloudProtocolError(asked) from refused
+            except CloudProtocolError as error:
+                raise CloudProtocolError(f"{self._url}/models: {error}; {_NAME_A_MODEL}") from error
+            except RetryError as failed:
+                self._back_off(attempt, failed, end_s)
+                attempt += 1
+
+    def _back_off(self, attempt: int, failed: RetryError, end_s: float) -> None:
         """Waits before the next attempt, or raises what failed if there is none."""
         limits = self._limits
+        if failed.wait_s is not None and failed.wait_s > limits.retry_after_cap_s:
+            asked = f"{failed.error}; it asked to wait {failed.wait_s:.0f} s, more than "
+            raise CloudUnavailableError(f"{asked}{limits.retry_after_cap_s:g} s") from failed
         if attempt + 1 >= limits.attempts:
             raise failed.error from failed
         # full jitter: many devices that lost the same cloud must not come back together
         wait_s = self._uniform(0.0, min(limits.backoff_cap_s, limits.backoff_base_s * 2**attempt))
-        if failed.wait_s is not None:
-            if failed.wait_s > limits.retry_after_cap_s:
-                asked = f"{failed.error}; it asked to wait {failed.wait_s:g} s, more than "
-                raise CloudUnavailableError(f"{asked}{limits.retry_after_cap_s:g} s") from failed
-            wait_s += failed.wait_s
-        if self._clock() + wait_s >= deadline_s:
+        wait_s += failed.wait_s or 0.0
+        if self._clock() + wait_s >= end_s:
             raise failed.error from failed
         self._sleep(wait_s)
 
 
-def _request_body(
-    model: str, messages: Sequence[Message], params: SamplingParams, extra: Mapping[str, Any] | None
-) -> bytes:
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": [dict(message) for message in messages],
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-    }
-    if params.max_tokens is not None:
-        body["max_tokens"] = params.max_tokens
-    if params.stop:
-        body["stop"] = list(params.stop)
-    if params.seed is not None:
-        body["seed"] = params.seed
-    try:
-        return msgspec.json.encode(body | dict(extra or {}))
-    except (TypeError, UnicodeEncodeError) as error:
-        raise InputError(f"messages: cannot be written as JSON: {error}") from error
+def _peeked(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """The first byte that is neither space nor byte order mark, and all chunks."""
+    head = b""
+    for chunk in chunks:
+        head += chunk
+        text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+        if text and not b"\xef\xbb\xbf".startswith(head):
+            return text[:1], _chained(head, chunks)
+    return b"", iter((head,))
 
 
-def _check_url(url: str) -> str:
-    try:
-        parsed = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError) as error:
-        raise InputError(f"cloud URL {url!r}: {error}") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise InputError(f"cloud URL {url!r}: expected http://HOST[:PORT]/v1 or https://HOST/v1")
-    if parsed.userinfo or parsed.query or parsed.fragment:
-        raise InputError("cloud URL: user, password, query and fragment are not allowed in it")
-    return str(parsed).rstrip("/")
-
-
-def _check_key(key: str, variable: str, url: str) -> str:
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError(f"environment variable {variable}: not an API key (spaces or control characters)")
-    parsed = httpx.URL(url)
-    if parsed.scheme == "http" and not _is_loopback(parsed.host):
-        raise InputError(
-            f"cloud URL {url}: the API key of {variable} would be sent unencrypted; use https, "
-            "or name an environment variable that is not set"
-        )
-    return key
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _retry_after_s(header: str | None) -> float | None:
-    # Seconds only; the date form needs a clock that the device and the server agree on.
-    if header is None or not header.strip().isascii() or not header.strip().isdigit():
-        return None
-    return float(header.strip()[:9])
-
-
-def _fault_text(body: bytes) -> str:
-    try:
-        message = msgspec.json.decode(body, type=_FaultBody).error.message
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return ""
-    return (
-        f": {' '.join(message.split())[:_MAX_SHOWN_CHARS]}" if message else ": the endpoint reports an error"
-    )
-
-
-def _one_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:_MAX_SHOWN_CHARS]
+def _chained(head: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    yield head
+    yield from chunks

@@ -6,10 +6,13 @@ and then for days. The consumer's own clock is the only bound that holds for all
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Generator
 from typing import TypeVar
+
+from edge_reasoner.chat.model import Cancellation
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -18,21 +21,59 @@ _QUEUE_ITEMS = 256
 _POLL_S = 0.1
 
 
+class _Waker:
+    """Wakes a consumer that waits at the queue."""
+
+    def __init__(self, items: queue.Queue[tuple[str, object]]) -> None:
+        self._items = items
+
+    def cancel(self) -> None:
+        # a full queue wakes its consumer by itself
+        with contextlib.suppress(queue.Full):
+            self._items.put_nowait(("wake", None))
+
+
 def pumped(
     source: Generator[Item, None, Result],
     *,
-    deadline_s: float,
+    deadline_s: Callable[[], float],
     clock: Callable[[], float],
-    late: Callable[[], Exception],
-) -> Generator[Item, None, Result]:
-    """Yields what `source` yields and returns what it returns; raises `late()` at the deadline.
+    late: Callable[[], Result],
+    cancellation: Cancellation,
+) -> Generator[Item, None, Result | None]:
+    """Yields what `source` yields and returns what it returns; at the deadline returns or raises what `late`
+    does; None at once when cancelled. The deadline is asked for anew after every item.
 
     `source` runs in a daemon thread. When the consumer stops, `source` is closed at its next item; a source
     that is stuck in a system call is left to that call's own end.
     """
     items: queue.Queue[tuple[str, object]] = queue.Queue(_QUEUE_ITEMS)
     abandoned = threading.Event()
+    threading.Thread(
+        target=_run, args=(source, items, abandoned), name="edge-reasoner-cloud", daemon=True
+    ).start()
+    cancellation.follow(_Waker(items))
+    try:
+        while not cancellation.wanted:
+            try:
+                kind, value = items.get(timeout=max(0.0, deadline_s() - clock()))
+            except queue.Empty:
+                return late()
+            if kind == "error":
+                assert isinstance(value, BaseException)
+                raise value
+            if kind == "result":
+                return value  # type: ignore[return-value]  # the queue carries several kinds of value
+            if kind == "item":
+                yield value  # type: ignore[misc]
+        return None
+    finally:
+        abandoned.set()
 
+
+def _run(
+    source: Generator[Item, None, Result], items: queue.Queue[tuple[str, object]], abandoned: threading.Event
+) -> None:
     def put(kind: str, value: object) -> bool:
         while not abandoned.is_set():
             try:
@@ -42,33 +83,16 @@ def pumped(
             return True
         return False
 
-    def run() -> None:
-        try:
-            while True:
-                try:
-                    item = next(source)
-                except StopIteration as end:
-                    put("result", end.value)
-                    return
-                if not put("item", item):
-                    return
-        except BaseException as error:  # noqa: BLE001  # a thread's edge: the consumer raises it
-            put("error", error)
-        finally:
-            source.close()
-
-    threading.Thread(target=run, name="edge-reasoner-cloud", daemon=True).start()
     try:
         while True:
             try:
-                kind, value = items.get(timeout=max(0.0, deadline_s - clock()))
-            except queue.Empty:
-                raise late() from None
-            if kind == "error":
-                assert isinstance(value, BaseException)
-                raise value
-            if kind == "result":
-                return value  # type: ignore[return-value]  # the queue carries three kinds of value
-            yield value  # type: ignore[misc]
+                item = next(source)
+            except StopIteration as end:
+                put("result", end.value)
+                return
+            if not put("item", item):
+                return
+    except BaseException as error:  # noqa: BLE001  # a thread's edge: the consumer raises it
+        put("error", error)
     finally:
-        abandoned.set()
+        source.close()

@@ -1,0 +1,121 @@
+"""A cloud answer as it grows out of the parts of a reply."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from edge_reasoner.chat.model import Usage
+from edge_reasoner.cloud.base import CloudResult
+from edge_reasoner.cloud.faults import fix_surrogates, one_line
+from edge_reasoner.cloud.redact import PieceRedactor, Redactor
+from edge_reasoner.cloud.replies import Part
+from edge_reasoner.engine.stopping import StopMatcher
+
+#: after the finish reason only the token counts can come; a server that then neither sends them nor closes is
+#: not waited for
+_SETTLE_S = 5.0
+
+
+class AnswerUnderWay:
+    """What has arrived of one answer. One thread adds; any may read `complete`, `shown` and `settled_s`."""
+
+    def __init__(self, redactor: Redactor, max_chars: int, clock: Callable[[], float]) -> None:
+        self._redactor = redactor
+        self._max_chars = max_chars
+        self._clock = clock
+        self.begin({}, stop=())
+
+    def begin(self, sent: Mapping[str, Any], *, stop: Sequence[str]) -> None:
+        """Starts anew for another attempt. `stop`: stop strings that the endpoint does not know."""
+        self.complete = False
+        #: text was handed out
+        self.shown = False
+        self.too_long = False
+        #: what the endpoint said that is no part of an answer
+        self.remark = ""
+        #: when to stop waiting for side facts, on the clock
+        self.settled_s = math.inf
+        self._asked_model = str(sent.get("model", ""))
+        self._stop = StopMatcher(stop)
+        self._pieces, self._thoughts = PieceRedactor(self._redactor), PieceRedactor(self._redactor)
+        self._half = ""
+        self._chars = 0
+        self._has_words = False
+        self._thinking: list[str] = []
+        self._finish: str | None = None
+        self._model: str | None = None
+        self._usage: Usage | None = None
+        self._called_tools = self._refused = False
+
+    def add(self, part: Part) -> str:
+        """Adds a part; returns the text that may be shown now."""
+        self._model = part.model or self._model
+        self._usage = part.usage or self._usage
+        self._called_tools |= part.called_tools
+        self._refused |= part.refused
+        self.remark = part.remark or self.remark
+        self._chars += len(part.text) + len(part.thinking)
+        self.too_long = self._chars > self._max_chars
+        if part.thinking:
+            self._thinking.append(self._thoughts.push(part.thinking))
+        text = self._pieces.push(self._stop.push(self._whole(part.text)))
+        if part.finish_reason is not None:
+            self._finish = part.finish_reason
+            if not self.complete:
+                self.complete, self.settled_s = True, self._clock() + _SETTLE_S
+        if self._stop.stopped:
+            self._finish, self.complete = "stop", True
+        return self._shown(text + self._flush() if self.complete else text)
+
+    def end(self) -> str:
+        """The reply says that it is whole; returns the text that was still held back."""
+        self.complete = True
+        return self._shown(self._flush())
+
+    def flaw(self) -> str | None:
+        """Why a complete reply is no answer, or None."""
+        if self._has_words:
+            return None
+        if self._refused or self._finish == "content_filter":
+            return "the answer was withheld (content_filter)"
+        if self._called_tools:
+            return "called tools instead of answering; none were offered"
+        if self._thinking:
+            reason = one_line(self._finish or "stop", 40)
+            return f"thought and gave no answer (finish reason {reason!r}); allow more tokens"
+        if self.remark:
+            return f"the answer is empty: {one_line(self.remark)}"
+        return "the answer is empty"
+
+    def result(self, asked_model: str) -> CloudResult:
+        """How it ended, without the text."""
+        finish = "refusal" if self._refused else self._finish or "stop"
+        thinking = fix_surrogates("".join(self._thinking) + self._thoughts.flush())
+        model = self._model or asked_model or self._asked_model
+        return CloudResult("", thinking or None, self._tidy(model), self._tidy(finish), self._usage)
+
+    def cancelled(self) -> CloudResult:
+        """How it ended if its reader gave it up."""
+        return CloudResult("", None, self._tidy(self._model or self._asked_model), "cancelled", None)
+
+    def _shown(self, text: str) -> str:
+        self.shown |= bool(text)
+        self._has_words |= bool(text.strip())
+        return text
+
+    def _flush(self) -> str:
+        rest = self._stop.flush() if not self._stop.stopped else ""
+        half, self._half = self._half, ""
+        return self._pieces.push(rest + fix_surrogates(half)) + self._pieces.flush()
+
+    def _whole(self, text: str) -> str:
+        """`text` that can be encoded: a pair of surrogates may come in two parts."""
+        text, self._half = self._half + text, ""
+        if text and "\ud800" <= text[-1] <= "\udbff":
+            text, self._half = text[:-1], text[-1]
+        return fix_surrogates(text)
+
+    def _tidy(self, name: str) -> str:
+        return self._redactor.clean(fix_surrogates(name))

@@ -1,0 +1,70 @@
+"""Which failures are worth another attempt, and how long an endpoint asks to be left alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from email.utils import mktime_tz, parsedate_tz
+
+from edge_reasoner.cloud.faults import Fault
+from edge_reasoner.errors import CloudError
+
+_RETRY_STATUS = frozenset((408, 409, 425, 429))
+#: of the server's own faults, those that another attempt will meet again
+_LASTING_STATUS = frozenset((501, 505, 506, 508, 510, 511))
+_LASTING_CODES = frozenset(("insufficient_quota", "billing_hard_limit_reached", "billing_not_active"))
+
+
+class RetryError(Exception):
+    """An attempt failed in a way that another may not; `wait_s` is the endpoint's wish, if it had one.
+
+    Never leaves the cloud client.
+    """
+
+    def __init__(self, error: CloudError, wait_s: float | None = None) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.wait_s = wait_s
+
+
+def is_passing(status: int, fault: Fault) -> bool:
+    """Whether a request refused with this HTTP status may be taken later."""
+    if _LASTING_CODES.intersection(fault.codes):
+        return False
+    return status in _RETRY_STATUS or (500 <= status < 600 and status not in _LASTING_STATUS)
+
+
+def retry_after_s(headers: Mapping[str, str], now: Callable[[], float]) -> float | None:
+    """Seconds to wait as `Retry-After` says: a number, or a date.
+
+    A date counts against the reply's own `Date`, since two clocks may differ by years; against `now` (seconds
+    since 1970) only where the reply has none. None: no wish, or not readable.
+    """
+    in_ms = _number(headers.get("retry-after-ms", ""))
+    if in_ms is not None:
+        return in_ms / 1e3
+    value = headers.get("retry-after", "")
+    seconds = _number(value)
+    if seconds is not None:
+        return seconds
+    then_s = _date_s(value)
+    if then_s is None:
+        return None
+    there_s = _date_s(headers.get("date", ""))
+    return max(0.0, then_s - (now() if there_s is None else there_s))
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value >= 0 else None
+
+
+def _date_s(text: str) -> float | None:
+    try:
+        parsed = parsedate_tz(text[:100])
+        return None if parsed is None else float(mktime_tz(parsed))
+    except (ValueError, OverflowError, IndexError, TypeError):
+        return None

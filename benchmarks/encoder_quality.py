@@ -19,9 +19,17 @@ from typing import Any
 
 import torch
 
-from edge_export.checkpoint.bert import EncoderCheckpoint, load_encoder
+from edge_export.checkpoint.bert import load_encoder
+from edge_export.options import ExportOptions
+from edge_export.pipeline import PLANNING
 from edge_export.plan.encoder_formats import ENCODER_RECIPES
-from edge_export.stages.encoder import encoder_golden, encoder_quality, lower_encoder
+from edge_export.progress import silent
+from edge_export.stages.lower import lower
+from edge_export.stages.store import store
+from edge_export.stages.values import Job, Lowered, Run, of
+from edge_export.storage.encoder import StoredEncoder
+from edge_export.storage.stage_cache import StageCache
+from edge_export.verify.encoder import encoder_golden, encoder_quality
 from edge_reasoner.backends.golden import try_encoder
 from edge_reasoner.backends.onnxruntime_backend import OrtEncoderSession, runtime_version
 from edge_reasoner.contract.profile.load import load_profile
@@ -48,18 +56,31 @@ def read_sentences(folder: Path) -> dict[str, list[str]]:
     return sentences
 
 
+def lower_encoder(model: Path, recipe: str, profile: DeviceProfile, folder: Path) -> Lowered:
+    """The encoder taken through the exporter's stages, as far as its graphs."""
+    folder.mkdir()
+    run = Run(silent, StageCache(None), folder)
+    value: Any = Job(model=str(model), board=profile, options=ExportOptions(recipe=recipe))
+    for stage in (*PLANNING, store, lower):
+        value = stage(run, value)
+    lowered: Lowered = value
+    return lowered
+
+
 def evaluate(
-    checkpoint: EncoderCheckpoint,
+    model: Path,
     recipe: str,
     profile: DeviceProfile,
     sentences: Mapping[str, Sequence[str]],
     folder: Path,
 ) -> list[dict[str, Any]]:
     """One row for each graph of the recipe."""
-    lowered = lower_encoder(checkpoint, recipe, profile, folder, lambda *_: None)
-    golden = encoder_golden(checkpoint, recipe)
+    lowered = lower_encoder(model, recipe, profile, folder)
+    checkpoint, plan = lowered.encoder, lowered.plan.to_dict()
+    data = folder / f"graphs/{lowered.role}.data"
+    golden = encoder_golden(checkpoint, data, of(StoredEncoder, lowered.stored), recipe)
     source_bytes = checkpoint.digest.size_bytes
-    file_bytes = sum((folder / file).stat().st_size for file in lowered.files)
+    file_bytes = sum(file.stat().st_size for file in (folder / "graphs").iterdir())
     everything = [text for texts in sentences.values() for text in texts]
     rows = []
     for variant in lowered.variants:
@@ -68,8 +89,8 @@ def evaluate(
             {
                 "recipe": recipe,
                 "graph": Path(variant.graph).name,
-                "formats": sorted({str(record["format"]) for record in lowered.plan}),
-                "weight_bytes": lowered.weight_bytes,
+                "formats": sorted({str(record["format"]) for record in plan["matrices"]}),
+                "weight_bytes": plan["weight_bytes"],
                 "file_bytes": file_bytes,
                 "bytes_saved_percent": round(100 * (1 - file_bytes / source_bytes), 2),
                 **encoder_quality(checkpoint, session, everything),
@@ -108,7 +129,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for recipe in ENCODER_RECIPES:
-            rows += evaluate(checkpoint, recipe, profile, sentences, Path(folder) / recipe)
+            rows += evaluate(options.model, recipe, profile, sentences, Path(folder) / recipe)
             for row in rows[-1:] if recipe.startswith("fp") else rows[-2:]:
                 print(
                     f"{row['graph']:28} {recipe}: −{row['bytes_saved_percent']:.2f} % bytes, mean cosine "

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_export.options import ExportOptions
-    from edge_export.pipeline import ExportReport, export
+    from edge_export.pipeline import export
+    from edge_export.stages.values import ExportReport
 
 __all__ = ["export", "ExportOptions", "ExportReport"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -78,12 +79,18 @@ _INTERRUPTED = 130
 @click.option("--licence", help="The model's licence, where the checkpoint does not name it.")
 @click.option("--bundle-version", "version", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads to export with; default: all cores.")
+@click.option(
+    "--cache",
+    metavar="DIR|off",
+    help="Where results of stages are kept, so that an interrupted export, started again, resumes. "
+    "Default: `export` in the user's cache folder.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and the predicted figures; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.version_option(__version__, prog_name="edge-export")
 def command(
     model: str, profiles: tuple[str, ...], out: Path | None, as_json: bool, graph_format: str,
-    threads: int | None, **chosen: Any,
+    threads: int | None, cache: str | None, **chosen: Any,
 ) -> None:  # fmt: skip
     """Export MODEL (a Hugging Face directory, a .gguf file or a hub id) for one or more boards."""
     from edge_reasoner.contract.profile import load_profile
@@ -92,7 +99,7 @@ def command(
     boards = [load_profile(name) for name in profiles]
     if len({board.name for board in boards}) != len(boards):
         raise InputError("--profile: the same board is named twice")
-    reports = list(_export_all(model, boards, out, threads, chosen))
+    reports = list(_export_all(model, boards, out, threads, _cache_folder(cache), chosen))
     if as_json:
         objects = [report.to_dict() for report in reports]
         click.echo(json.dumps(objects[0] if len(objects) == 1 else {"bundles": objects}))
@@ -102,8 +109,9 @@ def command(
 
 
 def _export_all(
-    model: str, boards: list[Any], out: Path | None, threads: int | None, chosen: dict[str, Any]
-) -> Iterator[Any]:
+    model: str, boards: list[Any], out: Path | None, threads: int | None, cache: Path | None,
+    chosen: dict[str, Any],
+) -> Iterator[Any]:  # fmt: skip
     # Spinning worker threads make a busy machine several times slower; read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
@@ -119,7 +127,33 @@ def _export_all(
         if len(boards) > 1 and not options.dry_run:
             target.parent.mkdir(parents=True, exist_ok=True)
         with _progress() as hook:
-            yield export(model, board, target, options, hook)
+            report = export(model, board, target, options, hook, cache=cache)
+        if report.reused:
+            click.echo(f"reused from {cache}: {', '.join(report.reused)}", err=True)
+        yield report
+
+
+def _cache_folder(chosen: str | None) -> Path | None:
+    """Where results are kept: as chosen, else in the user's cache folder; None for nowhere."""
+    if chosen == "off":
+        return None
+    if chosen is not None:
+        return Path(chosen)
+    if found := os.environ.get("EDGE_REASONER_CACHE"):
+        return Path(found) / "export"
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "edge_reasoner" / "export"
+    except RuntimeError:  # nobody's home folder is known
+        return None
+
+
+def _in_flags(message: str) -> str:
+    """The library speaks of parameters (`max_size_mb=5: …`), the command of its flags (`--max-size 5: …`)."""
+    flags = {parameter.name: parameter.opts[0] for parameter in command.params}
+    return re.sub(
+        r"\b([a-z_]+)=(?=\S)", lambda found: f"{flags[found[1]]} " if found[1] in flags else found[0], message
+    )
 
 
 def _target(model: str, board: str, out: Path | None, count: int) -> Path:
@@ -157,7 +191,7 @@ def _print_report(report: Any) -> None:
         table.add_row(name, str(value))
     console.print(table)
     for warning in report.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        click.echo(f"warning: {_in_flags(warning)}", err=True)
     if report.bundle is None:
         click.echo("dry run: nothing was written")
     else:
@@ -218,7 +252,7 @@ def _status(error: BaseException, interrupted: bool) -> int:
         click.echo(f"edge-export: {error.format_message()}", err=True)
         return 2
     if isinstance(error, EdgeReasonerError):
-        click.echo(f"edge-export: {error}", err=True)
+        click.echo(f"edge-export: {_in_flags(str(error))}", err=True)
         return error.exit_status
     if isinstance(error, OSError):
         click.echo(f"edge-export: {error.filename or ''}: {error.strerror or error}", err=True)

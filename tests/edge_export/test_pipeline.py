@@ -245,13 +245,13 @@ def test_an_earlier_bundle_is_replaced_and_nothing_else(model, tmp_path):
 @pytest.mark.parametrize(
     ("chosen", "error", "message"),
     [
-        ({"max_size_mb": 0.1}, CheckFailedError, r"--max-size 0\.1: the bundle takes 0\.\d MB"),
-        ({"min_quality": 0.9, "recipe": "int4"}, CheckFailedError, r"--min-quality 0\.9: top1_agreement is"),
-        ({"max_latency_ms": 1e-3}, TargetError, r"--max-latency 0\.001: .* ms a token are predicted"),
+        ({"max_size_mb": 0.1}, CheckFailedError, r"max_size_mb=0\.1: the bundle takes 0\.\d MB"),
+        ({"min_quality": 0.9, "recipe": "int4"}, CheckFailedError, r"min_quality=0\.9: top1_agreement is"),
+        ({"max_latency_ms": 1e-3}, TargetError, r"max_latency_ms=0\.001: .* ms a token are predicted"),
     ],
 )
 def test_limits_are_checked_before_anything_is_written(model, chosen, error, message, tmp_path):
-    """A bundle over a limit is not written, and the limit, the figure and the flag are named."""
+    """A bundle over a limit is not written, and the limit, the figure and the parameter are named."""
     with pytest.raises(error, match=message) as caught:
         export(str(model), BOARD, tmp_path / "out", options(**{"recipe": "int8", **chosen}))
     assert caught.value.exit_status == 3 and not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from edge_export.model.tensors import parameter_count
 from edge_export.plan.plan import plan_decoder
 from edge_export.stages.store_decoder import store_decoder
 from edge_export.storage.decoder import StoredDecoder
-from edge_export.storage.external_data import ExternalData
+from edge_export.storage.stage_cache import Notes
 from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession
 from edge_reasoner.contract.bundle.manifest import DecoderSpec
 from edge_reasoner.contract.profile import DeviceProfile
@@ -70,8 +70,7 @@ def lower_decoder(
 ) -> tuple[Path, DecoderSpec, StoredDecoder]:
     """Stores the weights (round-to-nearest where quantized), writes a graph: path, spec, what was stored."""
     plan = plan_decoder(config, profile, recipe, context_tokens, None, None, "rtn")
-    with ExternalData(folder / "d.data") as data:
-        stored = store_decoder(data, config, source, plan, None, (), checks, quiet)
+    stored = store_decoder(folder / "d.data", config, source, plan, None, (), checks, quiet, Notes(None))
     options = GraphOptions(plan.opset, context_tokens, plan.compute, level)
     write_decoder_graph(folder / "d.onnx", "d.data", config, stored.weights, stored.ropes, options)
     return folder / "d.onnx", decoder_spec(config, context_tokens, plan.compute), stored

@@ -1,20 +1,26 @@
-"""Packs a bundle: lists and hashes every file, writes the sealed manifest, moves the whole into place."""
+"""pack: lists and hashes every file, writes the sealed manifest; the whole then moves into place."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from edge_export.checkpoint.tokenizer_files import TokenizerFiles
+from edge_export.stages.store import data_file
+from edge_export.stages.values import Measured, Packed, Reported, Run, extend
 from edge_reasoner.contract.bundle.manifest import (
     MANIFEST_NAME,
+    Component,
     FileEntry,
     GoldenSet,
     Manifest,
+    Source,
     seal,
     to_canonical_json,
 )
@@ -23,11 +29,86 @@ from edge_reasoner.contract.bundle.tokenizer_files import (
     TOKENIZER_FILE,
     TokenizerConfig,
 )
-from edge_reasoner.errors import InputError
+from edge_reasoner.contract.profile import profile_sha256
+from edge_reasoner.errors import CheckFailedError, InputError
 
 _HASH_CHUNK_BYTES = 1 << 20
-#: What the device's template sandbox accepts; a longer template is left out with a warning.
-MAX_TEMPLATE_BYTES = 256 * 1024
+_MAX_NAME = 200
+#: what takes part in making a component
+_TOOLS: Final = (
+    "edge-reasoner",
+    "gguf",
+    "numpy",
+    "onnx-ir",
+    "onnxruntime",
+    "safetensors",
+    "tokenizers",
+    "torch",
+)
+
+
+def pack(run: Run, reported: Reported) -> Packed:
+    """Completes the bundle in its folder. Raises CheckFailedError where it is larger than wanted."""
+    folder, main = run.bundle, reported.components[0]
+    manifest = write_manifest(
+        folder,
+        Manifest(
+            schema_version=2,
+            bundle_id="",
+            version=main.options.version,
+            profile=main.board.name,
+            profile_sha256=profile_sha256(main.board),
+            components=tuple(_component(folder, component) for component in reported.components),
+            files=file_entries(folder, reported.files),
+        ),
+    )
+    sizes = {
+        "source_bytes": float(main.checkpoint.digest.size_bytes),
+        "bundle_bytes": float(bundle_bytes(folder)),
+    }
+    for component in manifest.components:
+        sizes[f"{component.kind}_bytes"] = float(sum(entry.size_bytes for entry in component.files))
+    limit, size_mb = main.options.max_size_mb, sizes["bundle_bytes"] / 1e6
+    if limit is not None and size_mb > limit:
+        raise CheckFailedError(
+            f"max_size_mb={limit:g}: the bundle takes {size_mb:.1f} MB; nothing was written"
+        )
+    return extend(Packed, reported, manifest=manifest, sizes=sizes)
+
+
+def tool_versions() -> dict[str, str]:
+    """Version of every library that takes part in making a component."""
+    return {name: importlib.metadata.version(name) for name in _TOOLS}
+
+
+def _component(folder: Path, made: Measured) -> Component:
+    """Writes what is still missing of a component, and lists its files."""
+    checkpoint, role = made.checkpoint, made.role
+    golden = write_golden(folder, role, made.golden)
+    graphs = {variant.graph for variant in made.variants}
+    tokenizer = write_tokenizer(folder, role, made.tokenizer, made.chat_template)
+    return Component(
+        kind=role,
+        name=checkpoint.name[:_MAX_NAME],
+        version=made.options.version,
+        licence=made.options.licence or checkpoint.licence or "unknown",
+        source=Source(
+            name=checkpoint.name[:_MAX_NAME],
+            format=checkpoint.format,
+            sha256=checkpoint.digest.sha256,
+            size_bytes=checkpoint.digest.size_bytes,
+            calibration_sha256=None if made.analysis is None else made.texts.calibration_sha256,
+        ),
+        tools=tool_versions(),
+        plan=made.plan.to_dict(),
+        spec=made.spec,
+        variants=made.variants,
+        golden=golden,
+        tokenizer=f"tokenizer/{role}",
+        files=file_entries(folder, [*graphs, data_file(made), golden, *tokenizer]),
+        quality=dict(made.quality),
+        predicted=made.predicted,
+    )
 
 
 def file_entries(folder: Path, paths: Iterable[str]) -> tuple[FileEntry, ...]:

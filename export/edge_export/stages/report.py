@@ -1,4 +1,5 @@
-"""The bundle's `report.html`: what was decided and measured, for people. No scripts, no outside resources."""
+"""report: the bundle's `report.html`: what was decided and measured, for people. No scripts, nothing from
+outside."""
 
 from __future__ import annotations
 
@@ -6,12 +7,46 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+import msgspec
+
+from edge_export.stages.values import Measured, Reported, Run
+
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem;color:#1d2330}
 h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse}
 td,th{padding:.2rem .7rem;border-bottom:1px solid #dde1e8;text-align:left}td.n{text-align:right}
 rect.w8{fill:#b4552d}rect.w4{fill:#4a7ebb}rect.wf{fill:#5d8a4a}text{font:11px system-ui,sans-serif}
 """
+
+REPORT_FILE = "report.html"
+
+
+def report(run: Run, components: tuple[Measured, ...]) -> Reported:
+    """Writes the page about all components; the first is the model that was asked for."""
+    main, *others = components
+    warnings = list(main.warnings)
+    if _licence(main) is None:
+        warnings.append("the checkpoint names no licence; give one with licence=…")
+    facts = {"source": main.checkpoint.name, "profile": main.board.name, **_facts(main)}
+    for other in others:
+        warnings += [f"{other.role}: {warning}" for warning in other.warnings]
+        if _licence(other) is None:
+            warnings.append(f"the {other.role} names no licence")
+        facts |= {f"{other.role} {name}": value for name, value in _facts(other).items()}
+    units = main.plan.to_dict().get("units", ())
+    title = f"{main.checkpoint.name} for {main.board.title}"
+    (run.bundle / REPORT_FILE).write_bytes(render_report(title, facts, units, warnings))
+    return Reported(components=components, files=(REPORT_FILE,), warnings=tuple(warnings))
+
+
+def _licence(component: Measured) -> str | None:
+    return component.options.licence or component.checkpoint.licence
+
+
+def _facts(component: Measured) -> dict[str, Any]:
+    plan = component.plan.to_dict()
+    plain = {name: value for name, value in plan.items() if not isinstance(value, (list, dict))}
+    return {**plain, **component.quality, **msgspec.structs.asdict(component.predicted)}
 
 
 def render_report(

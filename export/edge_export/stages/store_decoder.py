@@ -8,6 +8,8 @@ and the same check text through the original weights (what quality is measured a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -23,6 +25,7 @@ from edge_export.quantize.statistics import second_moments
 from edge_export.storage.decoder import StoredDecoder
 from edge_export.storage.external_data import ExternalData
 from edge_export.storage.matrices import (
+    KeptMatrices,
     StoredMatrix,
     store_blocks,
     store_blocks_in_parts,
@@ -31,6 +34,7 @@ from edge_export.storage.matrices import (
     stored_rows,
     to_float16,
 )
+from edge_export.storage.stage_cache import Notes
 
 #: A layer's matrices in the graph: name, the unit that decides their format, the weights joined in them.
 _GRAPH_MATRICES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -44,8 +48,19 @@ _GRAPH_MATRICES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 Batches = Sequence[torch.Tensor]
 
 
+@dataclass(frozen=True)
+class _HalfStored:
+    """The vocabulary and the first layers are stored; where the three streams are after them."""
+
+    layers: int
+    weights: KeptMatrices
+    calibrated: tuple[torch.Tensor, ...]
+    expected: tuple[torch.Tensor, ...]
+    original: tuple[torch.Tensor, ...]
+
+
 def store_decoder(
-    data: ExternalData,
+    path: Path,
     config: DecoderConfig,
     source: TensorSource,
     plan: ExportPlan,
@@ -53,14 +68,17 @@ def store_decoder(
     calibration: Batches,
     checks: Batches,
     progress: Progress,
+    notes: Notes,
 ) -> StoredDecoder:
-    """Writes all weights and rotary tables to `data`.
+    """Writes all weights and rotary tables to a new data file at `path`.
 
     `head_inputs` are the original model's, where the plan's quantizers want them; `calibration` may be empty
-    where no unit is quantized with statistics.
+    where no unit is quantized with statistics. `notes` are resumed from, and made after every layer.
     """
-    with torch.no_grad():
-        return _Storing(data, config, source, plan, head_inputs, calibration, progress).run(checks)
+    half = notes.resume(path, _HalfStored)
+    with torch.no_grad(), ExternalData(path, resume=half is not None) as data:
+        storing = _Storing(data, config, source, plan, head_inputs, progress)
+        return storing.run(half or storing.start(calibration, checks), notes)
 
 
 class _Storing:
@@ -71,35 +89,48 @@ class _Storing:
         source: TensorSource,
         plan: ExportPlan,
         head_inputs: InputStatistics | None,
-        calibration: Batches,
         progress: Progress,
     ) -> None:
         self._data, self._config, self._source, self._plan = data, config, source, plan
         self._head_inputs, self._progress = head_inputs, progress
-        self._calibration = calibration
         self._weights: dict[str, StoredMatrix] = {}
 
-    def run(self, checks: Batches) -> StoredDecoder:
-        config, source = self._config, self._source
-        tied = config.tied_embeddings
+    def start(self, calibration: Batches, checks: Batches) -> _HalfStored:
+        """Stores the vocabulary, and embeds the texts."""
+        config, source, tied = self._config, self._source, self._config.tied_embeddings
         self._progress("storing the vocabulary", 0, 1)
         unit = self._plan.for_unit("head" if tied else "embed")
-        self._weights["embed"] = self._store_vocabulary(
-            "embed.weight", unit, self._head_inputs if tied else None
+        inputs = self._head_inputs if tied else None
+        self._weights["embed"] = self._store_vocabulary("embed.weight", unit, inputs)
+        return _HalfStored(
+            0,
+            KeptMatrices.of(self._weights),
+            tuple(self._embed(tokens) for tokens in calibration),
+            tuple(self._embed(tokens) for tokens in checks),
+            tuple(embed_tokens(config, source, tokens) for tokens in checks),
         )
-        calibrated = [self._embed(tokens) for tokens in self._calibration]
-        expected = [self._embed(tokens) for tokens in checks]
-        original = [embed_tokens(config, source, tokens) for tokens in checks]
-        for index, layer in enumerate(config.layers):
+
+    def run(self, half: _HalfStored, notes: Notes) -> StoredDecoder:
+        """Stores the layers that are left, and what comes after them."""
+        config, source = self._config, self._source
+        self._weights = half.weights.matrices()
+        calibrated, expected, original = map(list, (half.calibrated, half.expected, half.original))
+        for index in range(half.layers, len(config.layers)):
             self._progress("quantizing and storing layers", index, len(config.layers))
-            weights = layer_weights(config, source, index)
+            layer, weights = config.layers[index], layer_weights(config, source, index)
             stored = self._store_layer(index, weights, calibrated)
             for streams, through in ((calibrated, stored), (expected, stored), (original, weights)):
                 for number, states in enumerate(streams):
                     streams[number] = layer_forward(layer, config, through, states).hidden_out
-        norm = source.get("norm.weight")
+            kept = KeptMatrices.of(self._weights)
+            streams_now = tuple(calibrated), tuple(expected), tuple(original)
+            notes.note(self._data.flushed_path(), _HalfStored(index + 1, kept, *streams_now))
+        return self._finish(expected, original)
+
+    def _finish(self, expected: Batches, original: Batches) -> StoredDecoder:
+        config, norm = self._config, self._source.get("norm.weight")
         self._weights["norm"] = store_dense(self._data, norm, self._plan.dense)
-        if not tied:
+        if not config.tied_embeddings:
             self._weights["head"] = self._store_vocabulary(
                 head_name(config), self._plan.for_unit("head"), self._head_inputs
             )

@@ -30,12 +30,15 @@ class Region:
 
 
 class ExternalData:
-    """The weights file being written. A context manager; regions are aligned, gaps are zero."""
+    """The weights file being written. A context manager; regions are aligned, gaps are zero.
 
-    def __init__(self, path: Path) -> None:
+    With `resume`, what is at `path` already is the file's beginning.
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path = path
-        self._file = path.open("wb")
-        self._offset = 0
+        self._file = path.open("ab" if resume else "wb")
+        self._offset = self._file.tell()
 
     def __enter__(self) -> ExternalData:
         return self

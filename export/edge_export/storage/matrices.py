@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +58,26 @@ class BlockMatrix:
 
 
 StoredMatrix = DenseMatrix | BlockMatrix
+
+
+@dataclass(frozen=True)
+class KeptMatrices:
+    """Stored matrices by name, in the plain shape that the stage cache writes and reads."""
+
+    dense: Mapping[str, DenseMatrix]
+    blocks: Mapping[str, BlockMatrix]
+
+    @classmethod
+    def of(cls, matrices: Mapping[str, StoredMatrix]) -> KeptMatrices:
+        """What to keep of `matrices`."""
+        return cls(
+            {name: matrix for name, matrix in matrices.items() if isinstance(matrix, DenseMatrix)},
+            {name: matrix for name, matrix in matrices.items() if isinstance(matrix, BlockMatrix)},
+        )
+
+    def matrices(self) -> dict[str, StoredMatrix]:
+        """What was kept."""
+        return {**self.dense, **self.blocks}
 
 
 def to_float16(weight: torch.Tensor) -> torch.Tensor:

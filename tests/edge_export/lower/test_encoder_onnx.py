@@ -8,21 +8,17 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from support.lowered_encoders import lower_encoder
 from support.tiny_berts import SHAPES, embed_with_transformers, make_bert, random_batch
 
-from edge_export.checkpoint.bert import load_encoder
 from edge_export.lower.encoder_onnx import encoder_contrib_ops
 from edge_export.model.encoder import Encoder
-from edge_export.plan.encoder_formats import ENCODER_RECIPES, encoder_formats
-from edge_export.stages.encoder import StoredSource, lower_encoder
+from edge_export.plan.encoder_formats import ENCODER_RECIPES
+from edge_export.verify.encoder import StoredSource
 from edge_reasoner.contract.profile.load import load_profile
 
 LENGTHS = (17, 3, 40, 1, 26)
 PROFILE = load_profile("generic-x86")
-
-
-def quiet(stage, done, total):
-    """Progress nobody watches."""
 
 
 def open_graph(path: Path) -> onnxruntime.InferenceSession:
@@ -43,7 +39,7 @@ def run(session, ids, mask, types) -> torch.Tensor:
 def test_fp32_agrees_with_transformers(tmp_path, shape, pooling):
     """Padded batches of different lengths, with every token type, differ by at most 1e-5."""
     model = make_bert(tmp_path / "model", shape, pooling)
-    lowered = lower_encoder(load_encoder(tmp_path / "model"), "fp32", PROFILE, tmp_path, quiet)
+    lowered = lower_encoder(tmp_path / "model", "fp32", PROFILE, tmp_path)
     ids, mask, types = random_batch(LENGTHS, SHAPES[shape].get("type_vocab_size", 2))
     got = run(open_graph(tmp_path / lowered.variants[0].graph), ids, mask, types)
     assert (got - embed_with_transformers(model, ids, mask, types, pooling)).abs().max() <= 1e-5
@@ -54,10 +50,10 @@ def test_fp32_agrees_with_transformers(tmp_path, shape, pooling):
 def test_slow_arithmetic_reproduces_the_stored_weights(tmp_path, shape, recipe):
     """With float32 arithmetic the graph equals torch on the dequantized weights to 1e-4."""
     make_bert(tmp_path / "model", shape)
-    checkpoint = load_encoder(tmp_path / "model")
-    lowered = lower_encoder(checkpoint, recipe, PROFILE, tmp_path, quiet)
-    formats = encoder_formats(checkpoint.config, recipe)
-    encoder = Encoder.from_source(checkpoint.config, StoredSource(checkpoint.source, formats))
+    lowered = lower_encoder(tmp_path / "model", recipe, PROFILE, tmp_path)
+    config = lowered.encoder.config
+    source = StoredSource(config, tmp_path / "graphs/preprocessor.data", lowered.stored)
+    encoder = Encoder.from_source(config, source)
     ids, mask, types = random_batch(LENGTHS, 1)
     with torch.inference_mode():
         expected = encoder(ids, mask)
@@ -69,7 +65,7 @@ def test_slow_arithmetic_reproduces_the_stored_weights(tmp_path, shape, recipe):
 def test_fast_and_reference_graph_share_the_weights(tmp_path, recipe):
     """Both graphs name the same regions of one file and differ in nothing but the accuracy level."""
     make_bert(tmp_path / "model", "odd")
-    lowered = lower_encoder(load_encoder(tmp_path / "model"), recipe, PROFILE, tmp_path, quiet)
+    lowered = lower_encoder(tmp_path / "model", recipe, PROFILE, tmp_path)
     graphs = [onnx.load(tmp_path / v.graph, load_external_data=False) for v in lowered.variants]
     levels = []
     for graph in graphs:
@@ -91,7 +87,7 @@ def test_fast_and_reference_graph_share_the_weights(tmp_path, recipe):
 def test_operators_are_those_announced(tmp_path, recipe):
     """The list checked against the board before any work is exactly what the graphs contain."""
     make_bert(tmp_path / "model", "even")
-    lowered = lower_encoder(load_encoder(tmp_path / "model"), recipe, PROFILE, tmp_path, quiet)
+    lowered = lower_encoder(tmp_path / "model", recipe, PROFILE, tmp_path)
     for variant in lowered.variants:
         model = onnx.load(tmp_path / variant.graph, load_external_data=False)
         used = {node.op_type for node in model.graph.node if node.domain == "com.microsoft"}
@@ -103,7 +99,7 @@ def test_operators_are_those_announced(tmp_path, recipe):
 def test_a_row_without_tokens_stays_finite(tmp_path, pooling):
     """An all-masked row gives finite numbers and leaves the other rows alone."""
     make_bert(tmp_path / "model", "even", pooling)
-    lowered = lower_encoder(load_encoder(tmp_path / "model"), "fp32", PROFILE, tmp_path, quiet)
+    lowered = lower_encoder(tmp_path / "model", "fp32", PROFILE, tmp_path)
     session = open_graph(tmp_path / lowered.variants[0].graph)
     ids, mask, types = random_batch((9, 9), 2)
     alone = run(session, ids[:1], mask[:1], types[:1])
@@ -118,7 +114,7 @@ def test_a_row_without_tokens_stays_finite(tmp_path, pooling):
 def test_padding_does_not_matter(tmp_path):
     """The same sentence alone and beside a longer one gives the same embedding."""
     make_bert(tmp_path / "model", "even")
-    lowered = lower_encoder(load_encoder(tmp_path / "model"), "int8", PROFILE, tmp_path, quiet)
+    lowered = lower_encoder(tmp_path / "model", "int8", PROFILE, tmp_path)
     session = open_graph(tmp_path / lowered.variants[0].graph)
     ids, mask, types = random_batch((5, 33), 2)
     together = run(session, ids, mask, types)

@@ -16,7 +16,6 @@ from support.tiny_models import logits_of, make_model, tokens
 from edge_export.checkpoint.load import load_checkpoint
 from edge_export.lower.decoder_onnx import GraphOptions, write_decoder_graph
 from edge_export.model.stream import stream_hidden
-from edge_export.stages.decoder import _verify
 from edge_export.verify.decoder import (
     decoder_golden,
     golden_sequences,
@@ -25,6 +24,7 @@ from edge_export.verify.decoder import (
     stored_head,
 )
 from edge_export.verify.tolerance import EXACT, FAST
+from edge_export.verify.variants import judge_decoder
 from edge_reasoner.backends.golden import check_golden
 from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession
 from edge_reasoner.contract.bundle.manifest import Variant
@@ -94,7 +94,7 @@ def altered(golden, change):
 def test_sound_graphs_are_kept(exported):
     """Both variants reproduce the vectors, in their order, without a warning."""
     folder, spec, golden = exported
-    assert _verify(folder, spec, BOTH, golden, 1, quiet)[:2] == (BOTH, ())
+    assert judge_decoder(folder, spec, BOTH, golden, 1, quiet)[:2] == (BOTH, ())
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_other_logits_than_the_reference_graphs(exported, change):
     """A reference that deviates by more than rounding is refused, though within the fast tolerance."""
     folder, spec, golden = exported
     with pytest.raises(VerificationError, match=r"graphs/d\.onnx: does not reproduce torch") as caught:
-        _verify(folder, spec, (variant("d", True),), altered(golden, change), 1, quiet)
+        judge_decoder(folder, spec, (variant("d", True),), altered(golden, change), 1, quiet)
     assert caught.value.exit_status == 3 and "\n" not in str(caught.value)
 
 
@@ -120,7 +120,7 @@ def test_a_flipped_bit_in_the_weights(exported, tmp_path):
     values[middle : middle + 2048] ^= 0x80
     (tmp_path / "graphs/d.data").write_bytes(values.tobytes())
     with pytest.raises(VerificationError):
-        _verify(tmp_path, spec, BOTH, golden, 1, quiet)
+        judge_decoder(tmp_path, spec, BOTH, golden, 1, quiet)
 
 
 def test_an_inexact_fast_graph_is_left_out_with_a_warning(exported, tmp_path):
@@ -145,7 +145,7 @@ def test_an_inexact_fast_graph_is_left_out_with_a_warning(exported, tmp_path):
     wrong.with_name("other.data").rename(wrong.with_name("o.data"))
     for file in ("d.onnx", "d.data"):
         (tmp_path / "graphs" / file).write_bytes((folder / "graphs" / file).read_bytes())
-    kept, warnings, _ = _verify(tmp_path, spec, BOTH, golden, 1, quiet)
+    kept, warnings, _ = judge_decoder(tmp_path, spec, BOTH, golden, 1, quiet)
     assert kept == BOTH[1:] and len(warnings) == 1 and warnings[0].startswith("fast: left out")
 
 

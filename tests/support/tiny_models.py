@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 import transformers
 
@@ -183,8 +184,12 @@ def write_gguf(
     path: Path,
     quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     extra: dict[str, object] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write `model` as llama.cpp's converter would; matrices in `quantization`, vectors in F32."""
+    """Write `model` as llama.cpp's converter would; matrices in `quantization`, vectors in F32.
+
+    `extra` are calls of the writer for more metadata, `tensors` are stored beside the model's own.
+    """
     config = model.config
     architecture = "llama" if config.model_type == "mistral" else config.model_type.removesuffix("_text")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -208,6 +213,8 @@ def write_gguf(
         writer.add_tensor(_gguf_name(name, architecture), data, raw_dtype=kind)
     if config.rope_parameters.get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", _llama3_factors(model, head_dim).numpy())
+    for name, tensor in (tensors or {}).items():
+        writer.add_tensor(name, np.asarray(tensor, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -18,6 +18,7 @@ import torch
 
 from edge_export.checkpoint.digest import WeightsDigest, digest_of
 from edge_export.checkpoint.files import licence, read_json
+from edge_export.checkpoint.leftovers import HARMLESS_IN_BERT, refuse_leftovers
 from edge_export.checkpoint.limits import check_range
 from edge_export.checkpoint.safetensors_files import SafetensorsFiles
 from edge_export.checkpoint.source import CheckpointSource, Placement
@@ -66,6 +67,8 @@ class _BertConfig(msgspec.Struct):
     layer_norm_eps: float = 1e-12
     position_embedding_type: str | None = "absolute"
     is_decoder: bool = False
+    add_cross_attention: bool = False
+    pruned_heads: dict[str, Any] | None = None
     quantization_config: dict[str, Any] | None = None
 
 
@@ -93,6 +96,8 @@ class EncoderCheckpoint:
     weights_files: tuple[Path, ...]
     #: as the model card states it, or None
     licence: str | None = None
+    #: what the loader left out; whole sentences
+    warnings: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -139,6 +144,9 @@ def load_encoder(path: Path) -> EncoderCheckpoint:
     weights = SafetensorsFiles(folder)
     placements = _placements(config, weights)
     raw = _FirstPositions(weights, placements[_POSITIONS].raw_name, config.context_tokens)
+    source = CheckpointSource(raw, placements, str(folder))
+    used = source.raw_names
+    refuse_leftovers(weights, weights.names(), used, HARMLESS_IN_BERT, str(folder), blocks=config.num_layers)
     tokenizer = load_tokenizer_files(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
@@ -146,13 +154,14 @@ def load_encoder(path: Path) -> EncoderCheckpoint:
         )
     return EncoderCheckpoint(
         config=config,
-        source=CheckpointSource(raw, placements, str(folder)),
+        source=source,
         tokenizer=tokenizer,
         format="safetensors",
         name=path.resolve().name,
         path=path,
         weights_files=weights.files,
         licence=licence(path),
+        warnings=weights.warnings,
     )
 
 
@@ -195,6 +204,8 @@ def _refuse_unsupported(raw: _BertConfig, where: str) -> None:
         ("hidden_act", raw.hidden_act, ("gelu",)),
         ("position_embedding_type", raw.position_embedding_type, ("absolute", None)),
         ("is_decoder", raw.is_decoder, (False,)),
+        ("add_cross_attention", raw.add_cross_attention, (False,)),
+        ("pruned_heads", raw.pruned_heads or {}, ({},)),
         ("quantization_config", raw.quantization_config, (None,)),
     )
     for field, found, allowed in checks:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
-from edge_export.checkpoint.json_file import read_bounded
+from edge_export.checkpoint.json_file import read_bounded, read_json_value, read_text
 from edge_reasoner.errors import CheckpointError
 
 _MAX_SIDE_FILE_BYTES = 256 << 20
@@ -17,19 +17,25 @@ T = TypeVar("T")
 
 
 def read_json(path: Path, kind: type[T]) -> T:
-    """A JSON file as `kind` (a msgspec Struct or a plain type). Raises CheckpointError."""
+    """A JSON file as `kind` (a msgspec Struct or a plain type). Raises CheckpointError.
+
+    As in every file that Python's json wrote, NaN and Infinity may stand where nobody reads them.
+    """
+    value = read_json_value(path, _MAX_SIDE_FILE_BYTES)
     try:
-        return msgspec.json.decode(read_bounded(path, _MAX_SIDE_FILE_BYTES), type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return msgspec.convert(without_nulls(value, kind), type=kind)
+    except (msgspec.ValidationError, RecursionError) as error:
         raise CheckpointError(f"{path}: corrupt: {error}") from error
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 text file. Raises CheckpointError."""
-    try:
-        return read_bounded(path, _MAX_SIDE_FILE_BYTES).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: corrupt: not UTF-8 text") from error
+def without_nulls(value: Any, kind: Any) -> Any:
+    """The object without the nulls of fields of `kind` (a Struct) that take none: null means the default."""
+    if not isinstance(value, dict) or not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+        return value
+    takes_null = {
+        field.encode_name for field in msgspec.structs.fields(kind) if type(None) in get_args(field.type)
+    }
+    return {key: item for key, item in value.items() if item is not None or key in takes_null}
 
 
 class _AddedToken(msgspec.Struct):
@@ -65,7 +71,7 @@ def _default_template(config: _TokenizerConfig) -> str | None:
 def chat_template(directory: Path) -> str | None:
     """The chat template of a Hugging Face directory, wherever it keeps it, or None."""
     if (path := directory / "chat_template.jinja").is_file():
-        return read_text(path)
+        return read_text(path, _MAX_SIDE_FILE_BYTES)
     for name in ("tokenizer_config.json", "chat_template.json"):
         if (path := directory / name).is_file():
             template = _default_template(read_json(path, _TokenizerConfig))
@@ -92,10 +98,15 @@ def generation_eos(directory: Path) -> list[int]:
 
 
 def licence(directory: Path) -> str | None:
-    """The `license:` of the model card's front matter, or None."""
+    """The `license:` of the model card's front matter, or None. A damaged card is as good as none."""
     path = directory / "README.md"
     if not path.is_file():
         return None
-    front_matter = re.match(r"---\n(.*?)\n---", read_text(path), re.DOTALL)
+    try:
+        data = read_bounded(path, _MAX_SIDE_FILE_BYTES)
+    except CheckpointError:
+        return None
+    text = data.decode("utf-8-sig", "replace").replace("\r\n", "\n")
+    front_matter = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     found = front_matter and re.search(r"^license:\s*['\"]?([\w.+-]+)", front_matter[1], re.MULTILINE)
     return found[1] if found else None

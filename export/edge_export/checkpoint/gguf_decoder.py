@@ -13,8 +13,9 @@ import numpy as np
 
 from edge_export.checkpoint.families import Family, family_of_architecture
 from edge_export.checkpoint.gguf_file import GgufFile
+from edge_export.checkpoint.leftovers import HARMLESS_IN_GGUF, fill_missing_biases, refuse_leftovers
 from edge_export.checkpoint.limits import check_consistent, check_range
-from edge_export.checkpoint.source import CheckpointSource, Placement
+from edge_export.checkpoint.source import CheckpointSource, OpenedDecoder, Placement
 from edge_export.checkpoint.tokenizer_files import END_OF_GENERATION
 from edge_export.model.config import DecoderConfig, LayerConfig, Rope
 from edge_export.model.tensors import tensor_shapes
@@ -37,9 +38,6 @@ _LAYER_PARTS: Mapping[str, str] = {
     "mlp_post_norm": "post_ffw_norm",
 }
 _TOP_PARTS: Mapping[str, str] = {"embed": "token_embd", "norm": "output_norm", "head": "output"}
-#: tensors whose presence means mathematics that `DecoderConfig` does not have
-_UNSUPPORTED_PARTS = ("attn_output.bias", "ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
-
 _GEMMA3_PATTERN_LAYERS = 6
 _GEMMA3_27B_LAYERS = 62
 _LOCAL_ROPE_THETA = 10_000.0
@@ -204,7 +202,9 @@ def _config(file: GgufFile, family: Family) -> DecoderConfig:
         context_tokens=metadata.integer("context_length", "context_tokens"),
         activation=family.activation,
         tied_embeddings=_tied(file),
-        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        qkv_bias=any(
+            f"blk.{i}.attn_{part}.bias" in file.tensors for i in range(len(layers)) for part in "qkv"
+        ),
         qk_norm=family.qk_norm,
         post_norms=family.post_norms,
         embedding_scale=sqrt(hidden) if family.scaled_embedding else 1.0,
@@ -239,20 +239,15 @@ def _refuse_unsupported(file: GgufFile) -> None:
             f"{file.path}: one of {parts} GGUF parts; join them with `llama-gguf-split --merge` and give "
             "the result"
         )
-    for part in _UNSUPPORTED_PARTS:
-        if f"blk.0.{part}" in file.tensors:
-            raise CheckpointError(
-                f"{file.path}: the tensor blk.0.{part} is not supported; biases may be on q, k, v"
-            )
     if "blk.0.attn_qkv.weight" in file.tensors:
         raise CheckpointError(f"{file.path}: fused q/k/v tensors are not supported; convert without fusing")
 
 
-def load_gguf_decoder(file: GgufFile) -> tuple[DecoderConfig, CheckpointSource]:
+def load_gguf_decoder(file: GgufFile) -> OpenedDecoder:
     """The configuration and the weights of a decoder's GGUF file.
 
     Raises CheckpointError if the architecture is not supported, the metadata is missing or out of range, or a
-    tensor is missing, misshapen or of a type that is not a weight. Reads no weights.
+    tensor is missing, misshapen, of a type that is not a weight, or stored and not used. Reads no weights.
     """
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str):
@@ -260,8 +255,18 @@ def load_gguf_decoder(file: GgufFile) -> tuple[DecoderConfig, CheckpointSource]:
     family = family_of_architecture(architecture, str(file.path))
     _refuse_unsupported(file)
     config = check_consistent(_config(file, family), str(file.path))
-    placements = _placements(config, family)
-    source = CheckpointSource(file, placements, str(file.path))
-    for raw in {file.tensors[p.raw_name].type_name: p.raw_name for p in placements.values()}.values():
+    where = str(file.path)
+    placements, warnings = fill_missing_biases(file, _placements(config, family), where)
+    source = CheckpointSource(file, placements, where)
+    stored = [placement.raw_name for placement in placements.values() if not placement.zeros]
+    for raw in {file.tensors[name].type_name: name for name in stored}.values():
         file.check_dequantizable(raw)
-    return config, source
+    used = {*source.raw_names, *_used_elsewhere(config, family)}
+    refuse_leftovers(file, file.tensors, used, HARMLESS_IN_GGUF, where, blocks=len(config.layers))
+    return OpenedDecoder(config, source, (file.path,), warnings)
+
+
+def _used_elsewhere(config: DecoderConfig, family: Family) -> set[str]:
+    """Tensors that became part of the configuration."""
+    head = {"output.weight"} if config.tied_embeddings else set()
+    return head | ({"rope_freqs.weight"} if family.gguf_interleaved_rotary else set())

@@ -215,8 +215,8 @@ def _refuse_unsupported(reader: _Reader) -> None:
     raw, where, family = reader.raw, reader.where, reader.family
     if raw.quantization_config:
         raise CheckpointError(f"{where}: the weights are quantized; allowed are plain safetensors, or GGUF")
-    if raw.attention_bias or raw.mlp_bias:
-        raise CheckpointError(f"{where}: attention_bias and mlp_bias are not supported; they must be false")
+    if raw.mlp_bias:
+        raise CheckpointError(f"{where}: mlp_bias is not supported; it must be false")
     if raw.use_bidirectional_attention or raw.attn_logit_softcapping:
         raise CheckpointError(
             f"{where}: neither use_bidirectional_attention nor attn_logit_softcapping is supported"
@@ -255,7 +255,7 @@ def decoder_config(raw: RawConfig, family: Family, eos_token_ids: Sequence[int],
             context_tokens=reader.integer("max_position_embeddings", "context_tokens"),
             activation=family.activation,
             tied_embeddings=family.tied_by_default if isinstance(tied, UnsetType) else bool(tied),
-            qkv_bias=family.qkv_bias,
+            qkv_bias=family.qkv_bias or raw.attention_bias,
             qk_norm=family.qk_norm,
             post_norms=family.post_norms,
             embedding_scale=sqrt(hidden) if family.scaled_embedding else 1.0,

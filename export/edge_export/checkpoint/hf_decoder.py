@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from edge_export.checkpoint.families import Family, family_of_model_type
-from edge_export.checkpoint.files import generation_eos, read_json, special_tokens
+from edge_export.checkpoint.files import generation_eos, read_json, special_tokens, without_nulls
 from edge_export.checkpoint.hf_config import RawConfig, decoder_config
+from edge_export.checkpoint.leftovers import (
+    HARMLESS_IN_DECODERS,
+    OTHER_MODALITIES,
+    fill_missing_biases,
+    refuse_leftovers,
+)
 from edge_export.checkpoint.safetensors_files import SafetensorsFiles
-from edge_export.checkpoint.source import CheckpointSource, Placement
+from edge_export.checkpoint.source import CheckpointSource, OpenedDecoder, Placement
 from edge_export.checkpoint.tokenizer_files import END_OF_GENERATION
 from edge_export.model.config import DecoderConfig
 from edge_export.model.tensors import tensor_shapes
@@ -42,17 +49,18 @@ _PREFIXES = ("model.", "", "language_model.model.", "model.language_model.")
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
 
-def _read_config(path: Path) -> RawConfig:
-    """config.json; of a vision-language model, its text part."""
+def read_config(path: Path) -> tuple[RawConfig, bool]:
+    """config.json; of a vision-language model its text part, and whether it is one."""
     whole = read_json(path, dict[str, Any])
     text = whole.get("text_config")
+    multimodal = isinstance(text, dict)
     if isinstance(text, dict):
         outer: dict[str, Any] = {
             key: whole[key] for key in ("eos_token_id", "bos_token_id", "tie_word_embeddings") if key in whole
         }
         whole = {"model_type": whole.get("model_type"), **outer, **text}
     try:
-        return msgspec.convert(whole, RawConfig)
+        return msgspec.convert(without_nulls(whole, RawConfig), RawConfig), multimodal
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -86,11 +94,68 @@ def _placements(config: DecoderConfig, family: Family, files: SafetensorsFiles) 
     return placements
 
 
-def load_hf_decoder(directory: Path) -> tuple[DecoderConfig, CheckpointSource, SafetensorsFiles]:
-    """The configuration, the weights and their files. Reads headers only; raises CheckpointError."""
+def _stores_bias(files: SafetensorsFiles, layers: int) -> bool:
+    """Whether a q, k or v of some layer has a bias, whatever config.json says of it."""
+    prefix = _prefix(files)
+    names = (f"{prefix}layers.{i}.{_LAYER_PARTS[part]}.bias" for i in range(layers) for part in "qkv")
+    return any(files.has(name) for name in names)
+
+
+def _with_biases(
+    config: DecoderConfig, files: SafetensorsFiles, where: str
+) -> tuple[DecoderConfig, tuple[str, ...]]:
+    """The configuration with q, k and v biases where they are stored; a warning where that is a surprise."""
+    if config.qkv_bias or not _stores_bias(files, len(config.layers)):
+        return config, ()
+    warning = (
+        f"{where}: says nothing of biases on q, k and v (attention_bias), but some of 'q_proj.bias', "
+        "'k_proj.bias', 'v_proj.bias' are stored; they are used"
+    )
+    return replace(config, qkv_bias=True), (warning,)
+
+
+def _account(
+    config: DecoderConfig, source: CheckpointSource, files: SafetensorsFiles, *, multimodal: bool
+) -> tuple[str, ...]:
+    """Warnings of what is left out. Raises CheckpointError for tensors that the graph would have to use."""
+    names, used, warnings = files.names(), set(source.raw_names), []
+    if multimodal:
+        others = [name for name in names if OTHER_MODALITIES.fullmatch(name)]
+        used.update(others)
+        if others:
+            warnings.append(
+                f"{files.directory}: {len(others)} tensors of other modalities ({others[0]!r} …) are left "
+                "out: the text model is exported"
+            )
+    if config.tied_embeddings:
+        embedding = next(name for name in source.raw_names if name.endswith("embed_tokens.weight"))
+        for head in filter(files.has, _HEADS):
+            if not files.same_values(head, embedding):
+                raise CheckpointError(
+                    f"{files.directory}: {head!r} differs from the embedding, but config.json says that "
+                    "they are tied (tie_word_embeddings); set it to false to use the head, or remove it"
+                )
+            used.add(head)
+    where = str(files.directory)
+    refuse_leftovers(files, names, used, HARMLESS_IN_DECODERS, where, blocks=len(config.layers))
+    return (*warnings, *files.warnings)
+
+
+def load_hf_decoder(directory: Path) -> OpenedDecoder:
+    """Configuration and weights. Reads headers only (and a stored head beside a tied embedding).
+
+    Raises CheckpointError for what is missing, misshapen, unsupported, or stored and not used.
+    """
     path = directory / "config.json"
-    raw = _read_config(path)
+    raw, multimodal = read_config(path)
     family = family_of_model_type(raw.model_type, str(path))
     config = decoder_config(raw, family, _eos_ids(raw, directory), path)
     files = SafetensorsFiles(directory)
-    return config, CheckpointSource(files, _placements(config, family, files), str(directory)), files
+    config, surprised = _with_biases(config, files, str(path))
+    placements = _placements(config, family, files)
+    filled: tuple[str, ...] = ()
+    if surprised:  # where config.json announces biases, all of them must be there
+        placements, filled = fill_missing_biases(files, placements, str(directory))
+    source = CheckpointSource(files, placements, str(directory))
+    left = _account(config, source, files, multimodal=multimodal)
+    return OpenedDecoder(config, source, files.files, (*surprised, *filled, *left))

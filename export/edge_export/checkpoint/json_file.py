@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from pathlib import Path
@@ -25,6 +26,29 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
     return data
 
 
+def read_text(path: Path, limit_bytes: int) -> str:
+    """The UTF-8 text in the file at `path`; a byte order mark is skipped.
+
+    Raises CheckpointError when the file is missing, too large, or in another encoding (UTF-16 is named).
+    """
+    data = read_bounded(path, limit_bytes)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise CheckpointError(f"{path}: is UTF-16 text; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 text") from error
+
+
+def read_json_value(path: Path, limit_bytes: int) -> Any:
+    """The JSON value in the file at `path`; NaN and Infinity are floats. Raises CheckpointError."""
+    text = read_text(path, limit_bytes)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+
+
 def read_json_object(path: Path, limit_bytes: int, *, optional: bool = False) -> dict[str, Any]:
     """The JSON object in the file at `path`; an `optional` file that is missing counts as `{}`.
 
@@ -32,10 +56,7 @@ def read_json_object(path: Path, limit_bytes: int, *, optional: bool = False) ->
     """
     if optional and not path.exists():
         return {}
-    try:
-        value = json.loads(read_bounded(path, limit_bytes).decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    value = read_json_value(path, limit_bytes)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}")
     return value

@@ -41,6 +41,8 @@ class DecoderCheckpoint:
     #: as the checkpoint states it (an SPDX-like id where it follows the Hub's habit), or None
     licence: str | None = None
     chat_template: str | None = None
+    #: what the loader had to interpret or leave out; whole sentences
+    warnings: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -60,28 +62,30 @@ def _text(file: GgufFile, key: str) -> str | None:
 
 def _load_gguf(path: Path) -> DecoderCheckpoint:
     file = GgufFile(path)
-    config, source = load_gguf_decoder(file)
+    opened = load_gguf_decoder(file)
     return DecoderCheckpoint(
-        config=config,
-        source=source,
+        config=opened.config,
+        source=opened.source,
+        warnings=opened.warnings,
         format="gguf",
         name=_text(file, "general.name") or path.stem,
         path=path,
-        weights_files=(path,),
+        weights_files=opened.weights_files,
         licence=_text(file, "general.license"),
         chat_template=_text(file, "tokenizer.chat_template"),
     )
 
 
 def _load_directory(path: Path) -> DecoderCheckpoint:
-    config, source, weights = load_hf_decoder(path)
+    opened = load_hf_decoder(path)
     return DecoderCheckpoint(
-        config=config,
-        source=source,
+        config=opened.config,
+        source=opened.source,
+        warnings=opened.warnings,
         format="safetensors",
         name=_directory_name(path),
         path=path,
-        weights_files=weights.files,
+        weights_files=opened.weights_files,
         licence=files.licence(path),
         chat_template=files.chat_template(path),
     )

@@ -20,6 +20,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
 _MAX_FILES = 4096
+_COMPARED_ROWS = 4096
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class _Index(msgspec.Struct):
@@ -47,11 +49,23 @@ def weights_files(directory: Path) -> tuple[Path, ...]:
     return tuple(directory / name for name in names)
 
 
+def _unread_adapters(directory: Path) -> tuple[str, ...]:
+    return tuple(
+        f"{directory / name}: an adapter that is not used; merge it into the weights first"
+        for name in _ADAPTER_FILES
+        if (directory / name).is_file()
+    )
+
+
 class SafetensorsFiles:
-    """`RawTensors` over a directory's safetensors files. Construction raises CheckpointError."""
+    """`RawTensors` over a directory's safetensors files. Construction raises CheckpointError.
+
+    `warnings` name weights files that lie beside these and are not read.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.warnings = _unread_adapters(directory)
         self.files = weights_files(directory)
         self._handles: dict[str, tuple[Path, Any]] = {}
         for path in self.files:
@@ -63,6 +77,33 @@ class SafetensorsFiles:
                     self._handles[name] = (path, handle)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path}: corrupt or truncated safetensors file: {error}") from error
+        if self.files[0].name != SINGLE_FILE:
+            self._check_index()
+
+    def _check_index(self) -> None:
+        """Refuses an index that speaks of tensors its shards do not hold: they belong to another download."""
+        index = self.directory / INDEX_FILE
+        for name, file in read_json(index, _Index).weight_map.items():
+            if name not in self._handles:
+                raise CheckpointError(f"{index}: lists the tensor {name[:120]!r}, which no shard holds")
+            if (found := self._handles[name][0].name) != file:
+                raise CheckpointError(
+                    f"{index}: says that the tensor {name[:120]!r} is in {file}, but {found} holds it"
+                )
+
+    def same_values(self, first: str, second: str) -> bool:
+        """Whether two tensors are equal, element by element; reads both."""
+        shape = self.shape(first)
+        if shape != self.shape(second):
+            return False
+        steps = range(0, shape[0], _COMPARED_ROWS)
+        return all(
+            torch.equal(
+                self.rows(first, start, min(start + _COMPARED_ROWS, shape[0])),
+                self.rows(second, start, min(start + _COMPARED_ROWS, shape[0])),
+            )
+            for start in steps
+        )
 
     def has(self, name: str) -> bool:
         """Whether a file has the tensor."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from edge_export.model.config import DecoderConfig
 from edge_reasoner.errors import CheckpointError
 
 
@@ -39,6 +41,8 @@ class Placement:
     offset: float = 0.0
     #: rows are stored for interleaved rotary, in this many heads; 0 = they are not
     interleaved_heads: int = 0
+    #: not stored: a bias that other layers have; it counts as zeros
+    zeros: bool = False
 
 
 def to_half_split(stored: torch.Tensor, heads: int) -> torch.Tensor:
@@ -59,6 +63,8 @@ class CheckpointSource:
         self._placements = dict(placements)
         self._where = where
         for name, placement in self._placements.items():
+            if placement.zeros:
+                continue
             if not raw.has(placement.raw_name):
                 raise CheckpointError(f"{where}: the tensor {placement.raw_name!r} ({name}) is missing")
             found = raw.shape(placement.raw_name)
@@ -67,6 +73,11 @@ class CheckpointSource:
                     f"{where}: the tensor {placement.raw_name!r} has shape {list(found)}, but the model's "
                     f"configuration needs {list(placement.shape)}"
                 )
+
+    @property
+    def raw_names(self) -> frozenset[str]:
+        """The names, in the file, of the tensors that are used."""
+        return frozenset(placement.raw_name for placement in self._placements.values())
 
     def names(self) -> Iterator[str]:
         """Every canonical name, in the order the model uses them."""
@@ -87,6 +98,8 @@ class CheckpointSource:
             raise CheckpointError(
                 f"{self._where}: rows {start}:{stop} of {name!r} do not exist; it has {placement.shape[0]}"
             )
+        if placement.zeros:
+            return torch.zeros(stop - start, *placement.shape[1:])
         if placement.interleaved_heads:
             stored = self._raw.rows(placement.raw_name, 0, placement.shape[0])
             tensor = to_half_split(stored, placement.interleaved_heads)[start:stop].contiguous()
@@ -107,3 +120,13 @@ class CheckpointSource:
             return self._placements[name]
         except KeyError as error:
             raise CheckpointError(f"{self._where}: the model has no tensor {name!r}") from error
+
+
+@dataclass(frozen=True)
+class OpenedDecoder:
+    """What a format's loader makes of a causal LM; `warnings` are whole sentences for the report."""
+
+    config: DecoderConfig
+    source: CheckpointSource
+    weights_files: tuple[Path, ...]
+    warnings: tuple[str, ...] = ()

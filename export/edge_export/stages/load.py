@@ -22,7 +22,7 @@ _Opened = tuple[DecoderCheckpoint | EncoderCheckpoint, TokenizerFiles, str | Non
 def load(run: Run, found: Found) -> Loaded:
     """Headers and configuration, all of them checked. Raises CheckpointError."""
     checkpoint, tokenizer, template = _LOAD[found.kind](found.path)
-    warnings = tokenizer.warnings
+    warnings = (*checkpoint.warnings, *tokenizer.warnings)
     if template is not None and len(template.encode()) > MAX_TEMPLATE_BYTES:
         warnings = (
             *warnings,

@@ -134,12 +134,13 @@ def test_gemma3_defaults_are_transformers(tmp_path):
     }
     from edge_export.checkpoint.families import family_of_model_type
     from edge_export.checkpoint.hf_config import decoder_config
-    from edge_export.checkpoint.hf_decoder import _read_config
+    from edge_export.checkpoint.hf_decoder import read_config
 
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": text}))
     reference = transformers.AutoConfig.from_pretrained(tmp_path).text_config
-    raw = _read_config(path)
+    raw, multimodal = read_config(path)
+    assert multimodal
     config = decoder_config(raw, family_of_model_type(raw.model_type, "x"), raw.eos_token_id, path)
     layer, last = config.layers[0], config.layers[5]
     assert (config.vocab_size, config.context_tokens) == (262_208, 131_072)
@@ -218,7 +219,7 @@ BAD_CONFIGS = {
     "rope type": ({"rope_parameters": {"rope_theta": "x"}}, "Expected `float | null`, got `str`"),
     "llama3": ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "0 < low_freq_factor"),
     "partial": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
-    "bias": ({"attention_bias": True}, "attention_bias and mlp_bias are not supported"),
+    "bias": ({"attention_bias": True}, "q_proj.bias' (layers.0.q.bias) is missing"),
     "activation": ({"hidden_act": "relu"}, "the activation is 'relu'; llama allows 'silu'"),
     "eos": ({"eos_token_id": 96}, "the special token id 96 is outside the vocabulary of 96"),
     "quantized": ({"quantization_config": {"bits": 4}}, "the weights are quantized"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from edge_reasoner.cli.output import waiting
+from edge_reasoner.cloud import DEFAULT_PROTOCOL, ProtocolName
 from edge_reasoner.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,8 +35,16 @@ context_option = click.option(
 )
 
 _CLOUD = (
-    click.option("--cloud", "cloud_url", metavar="URL", help="An OpenAI-compatible endpoint, http://…/v1."),
+    click.option("--cloud", "cloud_url", metavar="URL", help="The endpoint to escalate to, http://…/v1."),
     click.option("--cloud-model", metavar="NAME", help="The model to ask for there. Default: its first."),
+    click.option(
+        "--cloud-protocol",
+        "protocol",
+        type=click.Choice(get_args(ProtocolName)),
+        default=DEFAULT_PROTOCOL,
+        show_default=True,
+        help="What the endpoint speaks.",
+    ),
     click.option(
         "--api-key-env",
         metavar="VAR",
@@ -103,6 +112,7 @@ def open_reasoner(bundle: str | Bundle, *, mode: str, options: dict[str, Any]) -
             bundle,
             options.get("cloud_url"),
             cloud_model=options.get("cloud_model"),
+            protocol=options.get("protocol") or DEFAULT_PROTOCOL,
             api_key_env=options.get("api_key_env"),
             price=price,
             mode=mode,

@@ -7,23 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from edge_reasoner.chat.model import Usage
-from edge_reasoner.cloud.base import CloudResult
+from edge_reasoner.cloud.base import CloudLimits, CloudResult
 from edge_reasoner.cloud.faults import fix_surrogates, one_line
 from edge_reasoner.cloud.redact import PieceRedactor, Redactor
 from edge_reasoner.cloud.replies import Part
 from edge_reasoner.engine.stopping import StopMatcher
 
-#: after the finish reason only the token counts can come; a server that then neither sends them nor closes is
-#: not waited for
-_SETTLE_S = 5.0
-
 
 class AnswerUnderWay:
     """What has arrived of one answer. One thread adds; any may read `complete`, `shown` and `settled_s`."""
 
-    def __init__(self, redactor: Redactor, max_chars: int, clock: Callable[[], float]) -> None:
+    def __init__(self, redactor: Redactor, limits: CloudLimits, clock: Callable[[], float]) -> None:
         self._redactor = redactor
-        self._max_chars = max_chars
+        self._limits = limits
         self._clock = clock
         self.begin({}, stop=())
 
@@ -57,14 +53,14 @@ class AnswerUnderWay:
         self._refused |= part.refused
         self.remark = part.remark or self.remark
         self._chars += len(part.text) + len(part.thinking)
-        self.too_long = self._chars > self._max_chars
+        self.too_long = self._chars > self._limits.answer_chars
         if part.thinking:
             self._thinking.append(self._thoughts.push(part.thinking))
         text = self._pieces.push(self._stop.push(self._whole(part.text)))
         if part.finish_reason is not None:
             self._finish = part.finish_reason
             if not self.complete:
-                self.complete, self.settled_s = True, self._clock() + _SETTLE_S
+                self.complete, self.settled_s = True, self._clock() + self._limits.settle_s
         if self._stop.stopped:
             self._finish, self.complete = "stop", True
         return self._shown(text + self._flush() if self.complete else text)

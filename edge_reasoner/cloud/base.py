@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from edge_reasoner.chat.model import PulledStream, Usage
 from edge_reasoner.errors import InputError
 
-_TIMES = ("connect_s", "read_s", "total_s")
+_TIMES = ("connect_s", "read_s", "total_s", "settle_s")
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class CloudLimits:
     backoff_cap_s: float = 4.0
     #: a Retry-After longer than this is not waited for
     retry_after_cap_s: float = 10.0
+    #: after the finish reason only token counts can come: they are not waited for any longer than this
+    settle_s: float = 5.0
     line_bytes: int = 1024 * 1024
     response_bytes: int = 16 * 1024 * 1024
     #: text and thinking together; no model writes as much

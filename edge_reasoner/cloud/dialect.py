@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from edge_reasoner.chat.model import ChatRequest
@@ -32,11 +32,12 @@ _VALUE_WORDS = re.compile(
 )
 _TOO_LARGE = re.compile(r"too (?:large|high|big)|at most|exceed|less than|maximum (?:context|value|of)|<=")
 #: parameters that are everyday words too: meant only where they are quoted or called what they are
-_WORDS = frozenset(("stop", "stream", "seed", "temperature"))
-_AS_PARAMETER = r"(?:['\"`]|(?:parameter|argument|field|name|option|key|supplied|support|supported)s?:? )"
+_WORDS = frozenset(("stop", "stream", "seed"))
+_NAMED = (
+    r"(?:['\"`]|(?:parameter|argument|field|name|option|key|supplied|support|supported)s?:? ){0}(?![\w-])"
+    r"|(?<![\w-]){0}(?= (?:is |are )?(?:not|parameter|field|argument|un|invalid))"
+)
 _REFUSED_STATUS = frozenset((400, 422))
-
-Change = tuple[str, str | None]
 
 
 class Dialect:
@@ -68,28 +69,25 @@ class Dialect:
         return made
 
     def repair(
-        self, status: int, fault: Fault, sent: Mapping[str, Any], own: frozenset[str]
-    ) -> Change | None:
-        """The change that this refusal of `sent` asks for, or None; it is remembered.
+        self, status: int, fault: Fault, sent: Mapping[str, Any], own: Collection[str]
+    ) -> dict[str, str | None]:
+        """The changes (name → new name, None: dropped) that this refusal of `sent` asks for; they are
+        remembered. None of them: it is about something else.
 
         `own`: names of fields that the caller added; they are never touched.
         """
         if status not in _REFUSED_STATUS:
-            return None
+            return {}
         names = [name for name in _OPTIONAL if name in sent and name not in own]
-        name = _refused_name(fault, names, sent)
-        if name is None:
-            return None
         words = " ".join((fault.message, *fault.codes)).lower()
-        if name == _OLD_LIMIT and ("instead" in words or not _TOO_LARGE.search(words)):
-            change: Change = (name, _NEW_LIMIT)
-        else:
-            change = (name, None)
-        self._remember(change, sent[name], about_value=bool(_VALUE_WORDS.search(words)))
-        return change
+        changes: dict[str, str | None] = {}
+        for name in _refused_names(fault, names, sent):
+            renamed = name == _OLD_LIMIT and ("instead" in words or not _TOO_LARGE.search(words))
+            changes[name] = _NEW_LIMIT if renamed else None
+            self._remember(name, changes[name], sent[name], about_value=bool(_VALUE_WORDS.search(words)))
+        return changes
 
-    def _remember(self, change: Change, value: Any, *, about_value: bool) -> None:
-        name, new_name = change
+    def _remember(self, name: str, new_name: str | None, value: Any, *, about_value: bool) -> None:
         with self._lock:
             if new_name is not None or not about_value:
                 self._changes[name] = new_name
@@ -130,19 +128,18 @@ def encode(body: Mapping[str, Any]) -> bytes:
         raise InputError(f"messages: cannot be written as JSON: {error}") from error
 
 
-def _refused_name(fault: Fault, names: list[str], sent: Mapping[str, Any]) -> str | None:
-    for said in fault.parameters:
-        # "body.temperature", "stream_options.include_usage"
-        for word in re.split(r"[.\[\]/]", said):
-            if word in names:
-                return word
-    if any(said.split(".")[0].split("[")[0] in ("messages", "model") for said in fault.parameters):
-        return None
-    found = []
+def _refused_names(fault: Fault, names: list[str], sent: Mapping[str, Any]) -> list[str]:
+    """Those of `names` that a refusal is about: all that it lists as parameters, or one out of its text."""
+    # "body.temperature", "stream_options.include_usage"
+    listed = [word for said in fault.parameters for word in re.split(r"[.\[\]/]", said)]
+    found = [name for name in names if name in listed]
+    if found or "messages" in listed or "model" in listed:
+        return found
+    named = []
     for name in names:
-        before = _AS_PARAMETER if name in _WORDS else r"(?<![\w-])"
-        match = re.search(rf"{before}{name}(?![\w-])", fault.message)
+        pattern = _NAMED.format(name) if name in _WORDS else rf"(?<![\w-]){name}(?![\w-])"
+        match = re.search(pattern, fault.message)
         if match:
-            found.append((sent[name] != _NEUTRAL.get(name), match.start(), name))
+            named.append((sent[name] != _NEUTRAL.get(name), match.start(), name))
     # of several, one that says nothing anyway; else the first that is named
-    return min(found)[2] if found else None
+    return [min(named)[2]] if named else []

@@ -10,6 +10,7 @@ from typing import Any
 
 _MAX_SHOWN_CHARS = 200
 _MAX_DEPTH = 6
+_MAX_DIGITS = 40
 #: where the text of a fault stands, the most telling first
 _TEXT_KEYS = ("message", "detail", "msg", "error_description", "error_msg", "errors", "title", "reason")
 _CODE_KEYS = ("code", "type", "status")
@@ -34,9 +35,14 @@ def parse_json(data: bytes | str) -> Any:
     """JSON as endpoints write it: UTF-8 with flaws replaced, NaN allowed. Raises ValueError only."""
     text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
     try:
-        return json.loads(text.removeprefix("\ufeff"))
+        return json.loads(text.removeprefix("\ufeff"), parse_int=_integer)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def _integer(digits: str) -> float:
+    # Python refuses to read thousands of digits; nothing that is needed here has as many
+    return int(digits) if len(digits) <= _MAX_DIGITS else float("-inf" if digits.startswith("-") else "inf")
 
 
 def parse_fault(body: bytes) -> Fault:
@@ -103,8 +109,8 @@ def _text(text: str, depth: int) -> Iterator[tuple[str, str]]:
     start = text.find("{")
     if start >= 0:
         try:
-            inner = json.loads(text[start:].rstrip(" '\"\n"))
-        except (ValueError, RecursionError):
+            inner = parse_json(text[start:].rstrip(" '\"\n"))
+        except ValueError:
             pass
         else:
             found = list(_walk(inner, depth + 1))

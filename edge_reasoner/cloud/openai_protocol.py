@@ -99,7 +99,7 @@ class OpenAIModel:
     def _pieces(self, request: ChatRequest, cancellation: Cancellation) -> _Pieces:
         """The answer as its reader sees it: within the total time, cancellable, errors without secrets."""
         end_s = self._clock() + self._limits.total_s
-        answer = AnswerUnderWay(self._transport.redactor, self._limits.answer_chars, self._clock)
+        answer = AnswerUnderWay(self._transport.redactor, self._limits, self._clock)
         source = pumped(
             self._tried(request, end_s, answer),
             deadline_s=lambda: min(end_s, answer.settled_s),
@@ -134,7 +134,7 @@ class OpenAIModel:
         """Attempts, each in the words that the endpoint takes, until one succeeds."""
         body = request_body(self._model_name(end_s), request)
         changes: dict[str, str | None] = {}
-        attempt = 0
+        attempt = repairs = 0
         while True:
             sent = self._dialect.apply(body, changes)
             answer.begin(sent, stop=request.params.stop if "stop" not in sent else ())
@@ -142,10 +142,11 @@ class OpenAIModel:
                 yield from self._once(encode(sent), end_s, answer)
                 return self._concluded(answer)
             except _RefusedError as refused:
-                change = self._dialect.repair(refused.status, refused.fault, sent, frozenset(request.extra))
-                if change is None or len(changes) >= MAX_REPAIRS:
+                asked = self._dialect.repair(refused.status, refused.fault, sent, request.extra)
+                if not asked or repairs >= MAX_REPAIRS:
                     raise refused.error from refused
-                changes.update((change,))
+                changes |= asked
+                repairs += 1
             except RetryError as failed:
                 if answer.complete:
                     # it was whole before the connection broke
@@ -276,7 +277,8 @@ class OpenAIModel:
                 asked = f"{refused.error}; it does not list its models: {_NAME_A_MODEL}"
                 raise CloudProtocolError(asked) from refused
             except CloudProtocolError as error:
-                raise CloudProtocolError(f"{self._url}/models: {error}; {_NAME_A_MODEL}") from error
+                hint = "" if self._url.endswith("/v1") else self._path_hint()
+                raise CloudProtocolError(f"{self._url}/models: {error}; {_NAME_A_MODEL}{hint}") from error
             except RetryError as failed:
                 self._back_off(attempt, failed, end_s)
                 attempt += 1

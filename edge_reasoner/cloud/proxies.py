@@ -52,7 +52,7 @@ def _excludes(entry: str, host: str, port: int) -> bool:
         except ValueError:
             return False
     entry_address = _address(entry.strip("[]"))
-    if entry_address is None and entry.rpartition(":")[2].isdigit() and ":" in entry:
+    if entry_address is None and entry.rpartition(":")[2].isdecimal() and ":" in entry:
         entry, _, wanted_port = entry.rpartition(":")
         if int(wanted_port[:6]) != port:
             return False
@@ -73,7 +73,7 @@ def _address(host: str) -> Address | None:
             if not host[:1].isdigit() or " " in host:
                 return None
             address = IPv4Address(socket.inet_aton(host))
-        except (OSError, UnicodeError):
+        except (OSError, ValueError):
             return None
     mapped = getattr(address, "ipv4_mapped", None)
     return mapped or address

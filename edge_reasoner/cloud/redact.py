@@ -106,8 +106,12 @@ class PieceRedactor:
         # what was given before is looked at again: a secret may have begun in it
         text = self._given + self._held
         cut = max(len(self._given), len(text) - keep)
+        runs = self._redactor.runs(text)
+        cut = max([cut, *(end for start, end, hidden in runs if hidden and start < cut)])
         shown = ""
-        for start, end, hidden in self._redactor.runs(text[:cut]):
+        for start, end, hidden in (
+            (start, min(end, cut), hidden) for start, end, hidden in runs if start < cut
+        ):
             if end > len(self._given):
                 shown += _MASK if hidden else text[max(start, len(self._given)) : end]
         self._held = text[cut:]

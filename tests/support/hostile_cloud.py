@@ -110,6 +110,35 @@ class HostileCloud:
             act(connection)
 
 
+class ScriptedCloud(HostileCloud):
+    """Answers each request with the bytes of `reply(head, body)`; `posts` are the JSON bodies sent."""
+
+    def __init__(self, reply: Callable[[bytes, bytes], bytes]) -> None:
+        self._reply = reply
+        super().__init__(send(b""))
+
+    @property
+    def posts(self) -> list[dict]:
+        return [json.loads(r.partition(b"\r\n\r\n")[2]) for r in self.requests if r.startswith(b"POST")]
+
+    def _serve(self, connection: socket.socket, act: Callable[[socket.socket], None]) -> None:
+        with connection, contextlib.suppress(OSError):
+            request = _read_request(connection)
+            self.requests.append(request)
+            head, _, body = request.partition(b"\r\n\r\n")
+            connection.sendall(self._reply(head, body))
+
+
+@contextlib.contextmanager
+def scripted_cloud(reply: Callable[[bytes, bytes], bytes]) -> Iterator[ScriptedCloud]:
+    """A running server that answers what it is asked, closed at the end."""
+    server = ScriptedCloud(reply)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
 def _read_request(connection: socket.socket) -> bytes:
     connection.settimeout(2)
     data = b""

@@ -1,0 +1,130 @@
+"""A key never leaves the client, whatever echoes it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from urllib.parse import quote
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from support.hostile_cloud import HEAD, event, hostile_cloud, send, status
+
+from edge_reasoner.cloud.redact import PART_CHARS, PieceRedactor, Redactor, shown_url
+from edge_reasoner.errors import CloudError, CloudUnavailableError
+
+KEY = "sk-proj-Abcdefghij/+0123456789MNOPqrst"
+_KEYS = st.text("abAB01-_/+=.", min_size=PART_CHARS, max_size=40)
+
+
+def _leaks(text: str, key: str = KEY) -> bool:
+    return any(key[at : at + PART_CHARS] in text for at in range(len(key) - PART_CHARS + 1))
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        KEY,
+        f"Bearer {KEY}",
+        KEY[:12] + "…",
+        "…" + KEY[-9:],
+        KEY.upper(),
+        quote(KEY, safe=""),
+        base64.b64encode(KEY.encode()).decode(),
+        base64.b64encode(f":{KEY}".encode()).decode(),
+        base64.b64encode(f"user:{KEY}".encode()).decode(),
+        base64.urlsafe_b64encode(f"Bearer {KEY}".encode()).decode(),
+        KEY.encode().hex(),
+    ],
+)
+def test_forms_and_parts_are_found(echo: str) -> None:
+    """The key whole, in part, in other letters and encodings is masked; what stands around it is kept."""
+    cleaned = Redactor((KEY,)).clean(f"before {echo} after")
+    assert cleaned.startswith("before ") and cleaned.endswith(" after") and "***" in cleaned
+    lower = cleaned.lower()
+    for start in range(0, len(echo) - PART_CHARS, 5):
+        tail = echo[start : start + PART_CHARS + 5].lower()
+        assert tail not in lower or tail in "before bearer  after"
+
+
+def test_short_keys_are_whole_words() -> None:
+    """ "none" as a key does not eat nonetheless."""
+    assert Redactor(("none",)).clean("nonetheless none, (NONE)") == "nonetheless ***, (***)"
+    assert Redactor(("",)).clean("text") == Redactor(()).clean("text") == "text"
+
+
+def test_users_in_urls_are_masked() -> None:
+    """Neither in a text nor in a URL that is shown is there a user or password, nor a query."""
+    text = Redactor(()).clean("via http://u:p@ss@proxy:3128/ and mail a@b.c")
+    assert text == "via http://***@proxy:3128/ and mail a@b.c"
+    assert shown_url("https://u:p@ss@host/v1?key=sk#x") == "https://host/v1"
+    assert shown_url("host/v1?api_key=sk") == "host/v1"
+
+
+@given(key=_KEYS, before=st.text("abAB01 -_/", max_size=20), after=st.text("abAB01 -_/", max_size=20))
+def test_no_part_of_any_key_is_left(key: str, before: str, after: str) -> None:
+    """Whatever the key and its surroundings, no run of eight of its characters is left."""
+    assume("*" not in key)
+    assert not _leaks(Redactor((key,)).clean(before + key + after), key)
+
+
+@given(
+    key=_KEYS,
+    texts=st.lists(st.one_of(st.text("abAB01 -_/", max_size=5), st.none()), max_size=8),
+    cut=st.integers(1, 9),
+)
+def test_pieces_hide_what_the_whole_would(key: str, texts: list[str | None], cut: int) -> None:
+    """However a text is cut, no part of the key comes out; a text without it comes out unchanged."""
+    text = "".join(key if part is None else part for part in texts)
+    redactor = PieceRedactor(Redactor((key,)))
+    shown = [redactor.push(text[at : at + cut]) for at in range(0, len(text), cut)]
+    result = "".join(shown) + redactor.flush()
+    assert not _leaks(result, key)
+    if not _leaks(text.lower(), key.lower()) and Redactor((key,)).mask(text) == text:
+        assert result == text
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        status(401, body=json.dumps({"error": {"message": f"wrong key {KEY}"}}).encode()),
+        status(400, body=f"Authorization: Bearer {KEY[:20]}".encode()),
+        status(302, f"Location: https://u:{KEY}@evil.example/{KEY}?k={KEY}\r\n"),
+        HEAD + b"data: " + KEY.encode() + b"\n\n",
+        HEAD + event("", error={"message": "x" * 180 + KEY}),
+        HEAD + event(None, KEY),
+        HEAD.replace(b"text/event-stream", b"text/html-" + KEY.encode()),
+        HEAD.replace(b"Connection", b"Content-Encoding: " + KEY.encode() + b"\r\nConnection"),
+        b"HTTP/1.1 200 OK\r\nBad " + KEY.encode() + b"\r\n\r\n",
+        status(503, f"Retry-After: {KEY}\r\n", body=json.dumps({"detail": KEY}).encode()),
+    ],
+)
+def test_an_echo_is_in_no_error_and_in_nothing_behind_it(ask, reply: bytes) -> None:
+    """Neither the error nor anything that caused it, as a traceback would print it, holds part of the key."""
+    with hostile_cloud(send(reply)) as server, pytest.raises(CloudError) as caught:
+        ask(server.url, environment={"OPENAI_API_KEY": KEY})
+    linked: BaseException | None = caught.value
+    while linked is not None:
+        assert not _leaks(str(linked)) and not _leaks(repr(linked))
+        linked = linked.__cause__ or linked.__context__
+
+
+def test_an_echo_in_an_answer_is_masked(ask) -> None:
+    """Text in pieces, thinking, model name and finish reason come without the key."""
+    pieces = [KEY[at : at + 3] for at in range(0, len(KEY), 3)]
+    deltas = b"".join(event(piece, model=KEY) for piece in ("it is ", *pieces, ", I think"))
+    thoughts = b"".join(
+        b'data: {"choices":[{"delta":{"reasoning":"%s"}}]}\n\n' % piece.encode() for piece in pieces
+    )
+    with hostile_cloud(send(HEAD + thoughts + deltas + event(None, f"stop {KEY}", model=KEY))) as server:
+        result = ask(server.url, environment={"OPENAI_API_KEY": KEY})
+    assert result.text == "it is ***, I think" and result.thinking == "***"
+    assert (result.model, result.finish_reason) == ("***", "stop ***")
+
+
+def test_an_error_without_secrets_keeps_its_cause(ask) -> None:
+    """Only what held a secret is cut off; other errors keep what caused them."""
+    with pytest.raises(CloudUnavailableError) as caught:
+        ask("http://127.0.0.1:1/v1", environment={"OPENAI_API_KEY": KEY})
+    assert caught.value.__cause__ is not None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import importlib.metadata
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from edge_export.checkpoint.tokenizer_files import TokenizerFiles
 from edge_export.stages.store import data_file
@@ -31,6 +34,12 @@ from edge_reasoner.contract.bundle.tokenizer_files import (
 )
 from edge_reasoner.contract.profile import profile_sha256
 from edge_reasoner.errors import CheckFailedError, InputError
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _HASH_CHUNK_BYTES = 1 << 20
 _MAX_NAME = 200
@@ -179,20 +188,47 @@ def check_destination(out: Path) -> None:
 def staging_folder(out: Path) -> Iterator[Path]:
     """A fresh folder beside `out` that becomes `out` when the block ends, or vanishes when it fails.
 
-    An earlier bundle at `out` is there, whole, until the new one takes its place.
+    An earlier bundle at `out` is there, whole, until the new one takes its place. What a killed export has
+    left beside `out` is removed.
     """
     # A link to a folder stays a link: what it points to is replaced.
     target = out.absolute().resolve() if out.is_symlink() else out.absolute()
+    _remove_abandoned(target)
     try:
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror}") from error
     try:
-        yield staging
-        staging.chmod(0o755)
-        _move_into_place(staging, target)
+        with _held(staging):
+            yield staging
+            staging.chmod(0o755)
+            _move_into_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Removes staging folders of `target` that no running export holds: their export was killed."""
+    if fcntl is None:
+        return  # without locks nobody can tell
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        with contextlib.suppress(OSError), _held(left):
+            if any(left.iterdir()):  # an empty one may have been made this instant, and not yet be held
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Marks a folder as in use by this process, for as long as it lives. OSError where another holds it."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _move_into_place(staging: Path, target: Path) -> None:

@@ -56,6 +56,18 @@ def test_the_old_bundle_comes_back_when_the_new_one_cannot_move(tmp_path):
     assert names(tmp_path) == ["out"] and (tmp_path / "out/file").read_text() == "old"
 
 
+def test_what_a_killed_export_left_is_removed(tmp_path):
+    """A staging folder that nobody holds goes; those of running exports, and other folders, stay."""
+    for name in (".out.abc.partial", ".out.abc.old", ".other.abc.partial", ".out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    with staging_folder(tmp_path / "out") as first, staging_folder(tmp_path / "out") as second:
+        assert first.is_dir() and second.is_dir() and first != second
+        (first / "file").write_text("x")
+        assert not (tmp_path / ".out.abc.partial").exists()
+    assert names(tmp_path) == [".other.abc.partial", ".out.abc.old", ".out.partial", "out"]
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     """A parent that is a file, or is missing, is named."""
     (tmp_path / "file").write_text("x")

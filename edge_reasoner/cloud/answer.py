@@ -9,9 +9,10 @@ from typing import Any
 from edge_reasoner.chat.model import Usage
 from edge_reasoner.cloud.base import CloudLimits, CloudResult
 from edge_reasoner.cloud.faults import fix_surrogates, one_line
+from edge_reasoner.cloud.parts import Part
 from edge_reasoner.cloud.redact import PieceRedactor, Redactor
-from edge_reasoner.cloud.replies import Part
 from edge_reasoner.engine.stopping import StopMatcher
+from edge_reasoner.errors import CloudProtocolError
 
 
 class AnswerUnderWay:
@@ -70,7 +71,7 @@ class AnswerUnderWay:
         self.complete = True
         return self._shown(self._flush())
 
-    def flaw(self) -> str | None:
+    def _flaw(self) -> str | None:
         """Why a complete reply is no answer, or None."""
         if self._has_words:
             return None
@@ -86,7 +87,10 @@ class AnswerUnderWay:
         return "the answer is empty"
 
     def result(self, asked_model: str) -> CloudResult:
-        """How it ended, without the text."""
+        """How it ended, without the text. Raises CloudProtocolError if a complete reply is no answer."""
+        flaw = self._flaw()
+        if flaw is not None:
+            raise CloudProtocolError(flaw)
         finish = "refusal" if self._refused else self._finish or "stop"
         thinking = fix_surrogates("".join(self._thinking) + self._thoughts.flush())
         model = self._model or asked_model or self._asked_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 
 from edge_reasoner.chat.model import Cancellation, ChatRequest, PulledStream
@@ -16,16 +16,14 @@ from edge_reasoner.cloud.faults import Fault, one_line, parse_fault
 from edge_reasoner.cloud.model_list import ListedModel, first_chat_model
 from edge_reasoner.cloud.pump import pumped
 from edge_reasoner.cloud.redact import scrubbed, shown_url
-from edge_reasoner.cloud.replies import EndpointFailedError, parse_part
+from edge_reasoner.cloud.replies import read_answer
 from edge_reasoner.cloud.retry import RetryError, is_passing, retry_after_s
-from edge_reasoner.cloud.sse import Event, read_events
 from edge_reasoner.cloud.transport import Reply, Transport
 from edge_reasoner.errors import CloudError, CloudProtocolError, CloudUnavailableError, InputError
 
 _MAX_MODEL_LIST_BYTES = 16 * 1024 * 1024
 _MAX_FAULT_BYTES = 64 * 1024
 _NAME_A_MODEL = "name the model with cloud_model (--cloud-model)"
-_PINGS = frozenset(("ping", "heartbeat", "keepalive", "keep-alive"))
 _NO_TEXT_KINDS = ("text/html", "image/", "audio/", "video/")
 
 _Pieces = Generator[str, None, CloudResult]
@@ -37,10 +35,6 @@ class _RefusedError(Exception):
     def __init__(self, error: CloudError, status: int, fault: Fault) -> None:
         super().__init__(str(error))
         self.error, self.status, self.fault = error, status, fault
-
-
-class _NotAPartError(Exception):
-    """What arrived is no part of an answer."""
 
 
 class OpenAIModel:
@@ -166,70 +160,18 @@ class OpenAIModel:
                 raise CloudProtocolError(
                     f"{self._url}: content type {one_line(kind, 80)!r}; expected text/event-stream{hint}"
                 )
-            # what it is shows in its first character; content types are often wrong
-            start, chunks = _peeked(reply.chunks(self._limits.response_bytes))
-            if start in (b"{", b"["):
-                try:
-                    yield from self._add(answer, b"".join(chunks))
-                except _NotAPartError as error:
-                    raise CloudProtocolError(str(error)) from error
-                yield answer.end()
-                return
-            yield from self._events(chunks, answer)
-
-    def _events(self, chunks: Iterable[bytes], answer: AnswerUnderWay) -> Iterator[str]:
-        limits = self._limits
-        for event in read_events(chunks, line_bytes=limits.line_bytes, response_bytes=limits.response_bytes):
-            data = event.data.strip()
-            if not data or event.name in _PINGS:
-                continue
-            if data == "[DONE]":
-                yield answer.end()
-                return
-            if event.name == "error":
-                raise self._failed(parse_fault(data.encode("utf-8", "replace")))
-            yield from self._event(event, answer)
-        if not answer.complete:
-            raise self._unfinished(answer)
-
-    def _event(self, event: Event, answer: AnswerUnderWay) -> Iterator[str]:
-        try:
-            yield from self._add(answer, event.data)
-        except _NotAPartError as error:
-            if not event.whole:
-                raise self._unfinished(answer) from error
-            # events with a name of their own are not for us
-            if event.name == "message":
-                raise CloudProtocolError(str(error)) from error
-
-    def _add(self, answer: AnswerUnderWay, data: bytes | str) -> Iterator[str]:
-        try:
-            part = parse_part(data, first=not answer.shown)
-        except EndpointFailedError as error:
-            raise self._failed(error.fault) from error
-        except CloudProtocolError as error:
-            raise _NotAPartError(f"{self._url}: {error}") from error
-        text = answer.add(part)
-        if answer.too_long:
-            raise CloudProtocolError(
-                f"{self._url}: an answer of more than {self._limits.answer_chars} characters"
-            )
-        # also an empty piece: the reader's deadline may have changed
-        yield text
+            try:
+                yield from read_answer(reply.chunks(self._limits.response_bytes), answer, self._limits)
+            except CloudProtocolError as error:
+                raise CloudProtocolError(f"{self._url}: {error}") from error
+            except CloudUnavailableError as error:
+                raise RetryError(CloudUnavailableError(f"{self._url}: {error}")) from error
 
     def _concluded(self, answer: AnswerUnderWay) -> CloudResult:
-        flaw = answer.flaw()
-        if flaw is not None:
-            raise CloudProtocolError(f"{self._url}: {flaw}")
-        return answer.result(self.name)
-
-    def _failed(self, fault: Fault) -> CloudProtocolError:
-        said = fault.shown or ": the endpoint reports an error"
-        return CloudProtocolError(f"{self._url}: failed while answering{said}")
-
-    def _unfinished(self, answer: AnswerUnderWay) -> RetryError:
-        said = f": {one_line(answer.remark)}" if answer.remark else ""
-        return RetryError(CloudUnavailableError(f"{self._url}: the stream ended before the answer did{said}"))
+        try:
+            return answer.result(self.name)
+        except CloudProtocolError as error:
+            raise CloudProtocolError(f"{self._url}: {error}") from error
 
     def _refusal(self, reply: Reply) -> Exception:
         """The exception for a reply that is no answer."""
@@ -297,19 +239,3 @@ class OpenAIModel:
         if self._clock() + wait_s >= end_s:
             raise failed.error from failed
         self._sleep(wait_s)
-
-
-def _peeked(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
-    """The first byte that is neither space nor byte order mark, and all chunks."""
-    head = b""
-    for chunk in chunks:
-        head += chunk
-        text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-        if text and not b"\xef\xbb\xbf".startswith(head):
-            return text[:1], _chained(head, chunks)
-    return b"", iter((head,))
-
-
-def _chained(head: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    yield head
-    yield from chunks

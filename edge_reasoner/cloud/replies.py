@@ -1,205 +1,102 @@
-"""Chat-completions replies, streamed and whole, in the shapes that real endpoints send.
-
-What carries the answer is read strictly: a reply that cannot be one is an error. Side fields (usage, model,
-finish reason) in odd shapes count as unknown; they never cost an answer that arrived.
-"""
+"""Reads the body of a successful reply, an event stream or JSON, into an answer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
 
-from edge_reasoner.chat.model import Usage
-from edge_reasoner.cloud.faults import Fault, fault_of, parse_json
-from edge_reasoner.errors import CloudProtocolError
+from edge_reasoner.cloud.answer import AnswerUnderWay
+from edge_reasoner.cloud.base import CloudLimits
+from edge_reasoner.cloud.faults import Fault, one_line, parse_fault
+from edge_reasoner.cloud.parts import EndpointFailedError, parse_part
+from edge_reasoner.cloud.sse import Event, read_events
+from edge_reasoner.errors import CloudProtocolError, CloudUnavailableError
 
-_MAX_TOKENS = 2**40
-_MAX_NAME_CHARS = 200
-_TEXT_PARTS = frozenset(("text", "output_text", "input_text", None))
-_THINKING_PARTS = frozenset(
-    ("thinking", "reasoning", "reasoning_content", "reasoning_text", "redacted_thinking")
-)
-_REASONS = {
-    "eos": "stop",
-    "eos_token": "stop",
-    "end_turn": "stop",
-    "stop_sequence": "stop",
-    "completed": "stop",
-    "max_tokens": "length",
-    "model_length": "length",
-}
-#: what servers write when they gave up in mid-answer
-_FAILED = frozenset(
-    (
-        *("error", "failed", "failure", "abort", "aborted", "cancelled", "canceled", "timeout", "overloaded"),
-        *("network_error", "server_error", "internal_error", "model_error", "insufficient_system_resource"),
-    )
-)
+_BOM = b"\xef\xbb\xbf"
+_PINGS = frozenset(("ping", "heartbeat", "keepalive", "keep-alive"))
 
 
-class EndpointFailedError(Exception):
-    """The endpoint reports a failure inside a reply that looked like success."""
+def read_answer(chunks: Iterable[bytes], answer: AnswerUnderWay, limits: CloudLimits) -> Iterator[str]:
+    """Adds a body to `answer` as it arrives; yields what may be shown, also empty texts.
 
-    def __init__(self, fault: Fault) -> None:
-        super().__init__(fault.message)
-        self.fault = fault
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one chunk, or a whole reply, says. None: nothing."""
-
-    text: str = ""
-    thinking: str = ""
-    finish_reason: str | None = None
-    model: str | None = None
-    usage: Usage | None = None
-    called_tools: bool = False
-    refused: bool = False
-    #: the chunk is no part of an answer; what it says may explain why none comes
-    remark: str = ""
-
-
-def parse_part(data: bytes | str, *, first: bool = True) -> Part:
-    """One chunk or a whole reply. `first`: no text came before it (a last chunk may repeat all of it).
-
-    Raises EndpointFailedError; CloudProtocolError for what cannot be part of an answer.
+    Whether it is a stream or JSON shows in its first character: content types are often wrong. Raises
+    CloudProtocolError for a failure that it reports and for what is no answer, CloudUnavailableError if it
+    ends before the answer does.
     """
-    try:
-        value = parse_json(data)
-    except ValueError as error:
-        raise CloudProtocolError(f"not JSON: {error}") from error
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if not isinstance(value, dict):
-        raise CloudProtocolError(f"not a chat completion: {type(value).__name__} instead of an object")
-    if _is_fault(value.get("error")) or "error" in (value.get("object"), value.get("type")):
-        raise EndpointFailedError(fault_of(value))
-    choices = value.get("choices")
-    if choices is not None and not isinstance(choices, list):
-        raise CloudProtocolError(f"not a chat completion: choices is {type(choices).__name__}")
-    choice = _first_choice(choices or [])
-    usage, model = _usage(value.get("usage")), _name(value.get("model"))
-    if choice is None:
-        return Part(model=model, usage=usage, remark="" if choices or usage else fault_of(value).message)
-    return _answer(choice, model, usage or _usage(choice.get("usage")), first)
+    chunks = iter(chunks)
+    start, chunks = _peeked(chunks)
+    if start in (b"{", b"["):
+        try:
+            yield _add(answer, b"".join(chunks), limits)
+        except _NotAPartError as error:
+            raise CloudProtocolError(str(error)) from error
+        yield answer.end()
+    else:
+        yield from _events(chunks, answer, limits)
 
 
-def _answer(choice: dict[str, Any], model: str | None, usage: Usage | None, first: bool) -> Part:
-    if _is_fault(choice.get("error")):
-        raise EndpointFailedError(fault_of(choice))
-    reason = _reason(choice.get("finish_reason"))
-    if reason in _FAILED:
-        raise EndpointFailedError(Fault(f"finish reason {reason!r}"))
-    said = choice.get("delta")
-    if said is None and first:
-        said = choice.get("message")
-    if said is None:
-        said = {"content": choice.get("text")}
-    if not isinstance(said, dict):
-        raise CloudProtocolError(f"not a chat completion: a delta of type {type(said).__name__}")
-    text, thinking = _content(said.get("content"))
-    for key in ("reasoning_content", "reasoning", "thinking"):
-        # servers that send two of these send the same twice
-        if not thinking and isinstance(said.get(key), (str, list)):
-            thinking = "".join(_content(said[key]))
-    refusal = said.get("refusal")
-    # what a model says when it refuses is its answer
-    refusal = refusal if isinstance(refusal, str) else ""
-    return Part(
-        text + refusal,
-        thinking,
-        reason,
-        model,
-        usage,
-        called_tools=bool(said.get("tool_calls") or said.get("function_call")),
-        refused=bool(refusal),
-    )
-
-
-def _is_fault(value: Any) -> bool:
-    return any(value.values()) if isinstance(value, dict) else bool(value)
-
-
-def _first_choice(choices: list[Any]) -> dict[str, Any] | None:
-    """The answer asked for, where an endpoint sends several."""
-    for choice in choices:
-        if not isinstance(choice, dict):
-            raise CloudProtocolError(f"not a chat completion: a choice of type {type(choice).__name__}")
-        index = choice.get("index")
-        if isinstance(index, bool) or not isinstance(index, (int, float)) or index == 0:
-            return choice
-    return None
-
-
-def _content(value: Any) -> tuple[str, str]:
-    """(text, thinking) of a content: a string, or parts of several types."""
-    if value is None or isinstance(value, str):
-        return value or "", ""
-    parts = value if isinstance(value, list) else [value]
-    text = thinking = ""
-    for part in parts:
-        if isinstance(part, str):
-            text += part
+def _events(chunks: Iterable[bytes], answer: AnswerUnderWay, limits: CloudLimits) -> Iterator[str]:
+    for event in read_events(chunks, line_bytes=limits.line_bytes, response_bytes=limits.response_bytes):
+        data = event.data.strip()
+        if not data or event.name in _PINGS:
             continue
-        if not isinstance(part, dict) or not part:
-            raise CloudProtocolError(f"not a chat completion: content of type {type(value).__name__}")
-        kind = part.get("type")
-        kind = kind if isinstance(kind, str) else None
-        if kind in _THINKING_PARTS:
-            thinking += _thought(part)
-        elif kind in _TEXT_PARTS or kind == "refusal":
-            inner = part.get("text") if kind != "refusal" else part.get("refusal")
-            if isinstance(inner, dict):
-                inner = inner.get("value")
-            text += inner if isinstance(inner, str) else ""
-    return text, thinking
+        if data == "[DONE]":
+            yield answer.end()
+            return
+        if event.name == "error":
+            raise _failed(parse_fault(data.encode("utf-8", "replace")))
+        yield from _event(event, answer, limits)
+    if not answer.complete:
+        raise _unfinished(answer)
 
 
-def _thought(part: dict[str, Any]) -> str:
-    for key in ("thinking", "reasoning", "text", "content"):
-        value = part.get(key)
-        if isinstance(value, str):
-            return value
-        if isinstance(value, list):
-            return "".join(item["text"] for item in value if _has_text(item))
-    return ""
+def _event(event: Event, answer: AnswerUnderWay, limits: CloudLimits) -> Iterator[str]:
+    try:
+        yield _add(answer, event.data, limits)
+    except _NotAPartError as error:
+        if not event.whole:
+            raise _unfinished(answer) from error
+        # events with a name of their own are not for us
+        if event.name == "message":
+            raise CloudProtocolError(str(error)) from error
 
 
-def _has_text(item: Any) -> bool:
-    return isinstance(item, dict) and isinstance(item.get("text"), str)
+class _NotAPartError(Exception):
+    """What arrived is no part of an answer."""
 
 
-def _reason(value: Any) -> str | None:
-    """A finish reason; None while the answer goes on. A reason in an odd shape is "unknown"."""
-    if not value or (isinstance(value, str) and value.strip().lower() in ("", "null", "none")):
-        return None
-    if not isinstance(value, str):
-        return "unknown"
-    word = value.strip()[:_MAX_NAME_CHARS]
-    return _REASONS.get(word.lower(), word.lower() if word.isupper() else word)
+def _add(answer: AnswerUnderWay, data: bytes | str, limits: CloudLimits) -> str:
+    try:
+        part = parse_part(data, first=not answer.shown)
+    except EndpointFailedError as error:
+        raise _failed(error.fault) from error
+    except CloudProtocolError as error:
+        raise _NotAPartError(str(error)) from error
+    text = answer.add(part)
+    if answer.too_long:
+        raise CloudProtocolError(f"an answer of more than {limits.answer_chars} characters")
+    return text
 
 
-def _name(value: Any) -> str | None:
-    return value[:_MAX_NAME_CHARS] if isinstance(value, str) and value.strip() else None
+def _failed(fault: Fault) -> CloudProtocolError:
+    return CloudProtocolError(f"failed while answering{fault.shown or ': the endpoint reports an error'}")
 
 
-def _usage(value: Any) -> Usage | None:
-    """Counts, if both are there and are counts."""
-    if not isinstance(value, dict):
-        return None
-    prompt = _count(value.get("prompt_tokens", value.get("input_tokens")))
-    completion = _count(value.get("completion_tokens", value.get("output_tokens")))
-    if prompt is None or completion is None:
-        return None
-    details = value.get("prompt_tokens_details")
-    cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else None
-    return Usage(prompt, completion, min(cached or 0, prompt))
+def _unfinished(answer: AnswerUnderWay) -> CloudUnavailableError:
+    said = f": {one_line(answer.remark)}" if answer.remark else ""
+    return CloudUnavailableError(f"the stream ended before the answer did{said}")
 
 
-def _count(value: Any) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    if not 0 <= value <= _MAX_TOKENS or value != int(value):
-        return None
-    return int(value)
+def _peeked(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """The first byte that is neither space nor byte order mark, and all chunks."""
+    head = b""
+    for chunk in chunks:
+        head += chunk
+        text = head.removeprefix(_BOM).lstrip()
+        if text and not _BOM.startswith(head):
+            return text[:1], _chained(head, chunks)
+    return b"", iter((head,))
+
+
+def _chained(head: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    yield head
+    yield from chunks

@@ -19,7 +19,7 @@ from edge_reasoner.cloud.faults import one_line
 from edge_reasoner.cloud.proxies import is_loopback, proxy_for
 from edge_reasoner.cloud.redact import Redactor, shown_url
 from edge_reasoner.cloud.retry import RetryError
-from edge_reasoner.errors import CloudError, CloudProtocolError, CloudUnavailableError, InputError
+from edge_reasoner.errors import CloudError, CloudUnavailableError, InputError
 
 _ENDPOINT_PATHS = ("/chat/completions", "/completions", "/models")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -112,8 +112,6 @@ class Transport:
             yield from unpacked(self._timed(response, deadline_s), encoding, limit_bytes)
         except CloudUnavailableError as error:
             raise RetryError(CloudUnavailableError(f"{self.url}: {error}")) from error
-        except CloudProtocolError as error:
-            raise CloudProtocolError(f"{self.url}: {error}") from error
 
     def _timed(self, response: httpx.Response, deadline_s: float) -> Iterator[bytes]:
         for chunk in response.iter_raw():

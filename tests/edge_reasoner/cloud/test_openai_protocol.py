@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 
 import pytest
@@ -253,3 +254,30 @@ def test_unknown_protocol_is_refused() -> None:
     """The message names the protocols that exist."""
     with pytest.raises(InputError, match="openai"):
         connect(CloudOptions("http://h/v1"), protocol="smtp")
+
+
+def test_cancelled_from_another_thread() -> None:
+    """A reader that waits for a silent endpoint gets the answer so far, as cancelled, when told to stop."""
+    with hostile_cloud(hang(HEAD + event("Hel"))) as server:
+        model = OpenAIModel(CloudOptions(server.url, model="m", limits=CloudLimits(read_s=60)))
+        stream = model.submit(_ask())
+        assert next(stream) == "Hel"
+        canceller = threading.Timer(0.1, stream.cancel)
+        canceller.start()
+        result = stream.result()
+        canceller.join()
+        model.close()
+    assert (result.text, result.finish_reason, result.usage) == ("Hel", "cancelled", None)
+
+
+def test_what_is_no_chat_is_refused_at_once() -> None:
+    """A raw text, and messages that are no JSON, are the caller's error, before anything is sent."""
+    with hostile_cloud(send(GOOD)) as server:
+        model = OpenAIModel(CloudOptions(server.url, model="m"))
+        with pytest.raises(InputError, match="raw text"):
+            model.submit(ChatRequest(text="Once upon"))
+        for content in ("\ud800", float("nan"), object()):
+            with pytest.raises(InputError, match="JSON"):
+                model.submit(ChatRequest(({"role": "user", "content": content},)))
+        model.close()
+        assert not server.requests

@@ -226,6 +226,32 @@ def test_a_taken_destination(model, tmp_path, capfd):
     assert (tmp_path / "mine/notes.txt").read_text() == "x"
 
 
+def test_the_cache_and_what_was_reused(model, tmp_path, capfd):
+    """The second run names on stderr what it reused, and from where; stdout stays one object."""
+    for name, said in (("a", ""), ("b", "reused from")):
+        where = tmp_path / name
+        assert run(model, *BOARD, "--out", where, "--cache", tmp_path / "kept", "--json") == 0
+        captured = capfd.readouterr()
+        assert set(json.loads(captured.out)) == CONTRACT and captured.err.startswith(said)
+    assert f"{tmp_path / 'kept'}: analyse, store, lower, verify, measure\n" in captured.err
+    assert open_bundle(tmp_path / "a").manifest == open_bundle(tmp_path / "b").manifest
+
+
+def test_where_results_are_kept(model, tmp_path, capfd, monkeypatch):
+    """By default in the user's cache folder; with `off`, or where no home is known, nowhere."""
+    monkeypatch.setenv("EDGE_REASONER_CACHE", str(tmp_path / "user"))
+    assert run(model, *BOARD, "--recipe", "int4", "--out", tmp_path / "a", "--cache", "off") == 0
+    assert not (tmp_path / "user").exists()
+    assert run(model, *BOARD, "--recipe", "int4", "--out", tmp_path / "b") == 0
+    assert list((tmp_path / "user/export/entries").iterdir())
+    capfd.readouterr()
+    assert run(model, *BOARD, "--recipe", "int4", "--out", tmp_path / "c") == 0
+    assert "reused from" in capfd.readouterr().err
+    (tmp_path / "file").write_text("x")
+    assert run(model, *BOARD, "--recipe", "int4", "--out", tmp_path / "d", "--cache", tmp_path / "file") == 0
+    assert "reused" not in capfd.readouterr().err and open_bundle(tmp_path / "d")
+
+
 def test_help_and_version_do_not_load_torch():
     """--help, --version and a wrong board name answer without the weight of torch."""
     script = (

@@ -257,6 +257,80 @@ def test_limits_are_checked_before_anything_is_written(model, chosen, error, mes
     assert caught.value.exit_status == 3 and not list(tmp_path.iterdir())
 
 
+def test_a_failure_names_the_stages_that_ran(model, tmp_path):
+    """One line: what is wrong, and how far the export got; nothing where it got nowhere."""
+    chosen = {"recipe": "int8", "max_latency_ms": 1e-3}
+    with pytest.raises(TargetError) as caught:
+        export(str(model), BOARD, tmp_path / "out", options(**chosen))
+    assert str(caught.value).endswith("on this board (after find, load, check, analyse)")
+    with pytest.raises(InputError) as caught:
+        export(str(tmp_path / "none"), BOARD, tmp_path / "out", options())
+    assert "(after" not in str(caught.value)
+
+
+def test_a_bad_preprocessor_is_found_before_the_model_is_worked_on(model, tmp_path):
+    """Components go through each stage together: the second one's fault costs no work on the first."""
+    (tmp_path / "bert").mkdir()
+    make_bert(tmp_path / "bert", "even")
+    (tmp_path / "bert/model.safetensors").write_bytes(b"short")
+    seen = []
+    with pytest.raises(InputError, match="bert"):
+        export(
+            str(model),
+            BOARD,
+            tmp_path / "out",
+            options(preprocessor=str(tmp_path / "bert")),
+            lambda what, done, total: seen.append(what),
+        )
+    assert seen == ["find", "load"]
+
+
+def test_each_component_says_where_it_comes_from(model, tmp_path):
+    """Source, licence, plan, prediction and quality are the component's own; the report is the bundle's."""
+    (tmp_path / "bert").mkdir()
+    make_bert(tmp_path / "bert", "even")
+    (tmp_path / "bert/README.md").write_text("---\nlicense: mit\n---\n")
+    report = export(
+        str(model),
+        BOARD,
+        tmp_path / "out",
+        options(recipe="int8", preprocessor=str(tmp_path / "bert"), licence="apache-2.0"),
+    )
+    manifest = open_bundle(tmp_path / "out").manifest
+    reasoner, preprocessor = manifest.components
+    assert (reasoner.name, preprocessor.name) == ("tiny-llama", "bert") and manifest.model == "tiny-llama"
+    assert (reasoner.licence, preprocessor.licence) == ("apache-2.0", "mit") and report.warnings == ()
+    for component, folder in ((reasoner, model), (preprocessor, tmp_path / "bert")):
+        weights = (folder / "model.safetensors").read_bytes()
+        assert component.source.sha256 == hashlib.sha256(weights).hexdigest()
+        assert component.tools["torch"] == torch.__version__ and component.plan["profile"] == BOARD
+        assert component.predicted.peak_rss_mb > 0
+    assert reasoner.predicted.decode_tps > 0 and preprocessor.predicted.decode_tps is None
+    assert set(preprocessor.quality) > {"mean_cosine"} and set(reasoner.quality) > {"top1_agreement"}
+    assert [entry.path for entry in manifest.files] == ["report.html"]
+
+
+@pytest.mark.parametrize(
+    ("capacity_gib", "chosen", "message"),
+    [
+        (0.01, {}, "too large for"),
+        (8.0, {"max_latency_ms": 1e-6}, r"max_latency_ms=1e-06: .* ms a text are predicted on this board"),
+        (8.0, {"min_quality": 1.0, "recipe": "int4"}, r"min_quality=1: mean_cosine is 0\."),
+    ],
+)
+def test_encoders_obey_board_and_limits(capacity_gib, chosen, message, tmp_path):
+    """Memory, latency and quality are limits for an encoder as for a decoder."""
+    (tmp_path / "bert").mkdir()
+    make_bert(tmp_path / "bert", "even")
+    profile = load_profile(BOARD)
+    capacity = msgspec.structs.replace(profile.memory.capacity_gib, value=capacity_gib)
+    memory = msgspec.structs.replace(profile.memory, capacity_gib=capacity)
+    profile = msgspec.structs.replace(profile, memory=memory)
+    with pytest.raises(CheckFailedError, match=message):
+        export(str(tmp_path / "bert"), profile, tmp_path / "out", options(**chosen))
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_large_a_model_is_refused_before_its_weights_are_read(tmp_path):
     """A cache that no Zero 2 W holds: refused by figures alone, though the weights are not even numbers."""
     model = make_model("llama", vocab_size=VOCAB, max_position_embeddings=4_000_000, pad_token_id=2)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from edge_export.model.config import DecoderConfig, TensorSource
 from edge_export.model.layer import soft_cap
 from edge_export.model.stream import DEFAULT_CHUNK_ROWS, head_name
+from edge_export.progress import Progress
 from edge_export.storage.decoder import StoredDecoder
 from edge_export.storage.matrices import stored_rows
 from edge_reasoner.backends.base import DecoderSession
@@ -123,7 +124,7 @@ def measure_quality(
     texts: Sequence[torch.Tensor],
     original_states: Sequence[torch.Tensor],
     head: HeadRows,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> Quality:
     """The graph's choices and perplexity on `texts` beside the original model's (`original_states`, `head`).
 

@@ -9,12 +9,14 @@ A tokenizer folder of a bundle holds
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from edge_reasoner.errors import BundleError
+from edge_reasoner.errors import BundleError, InputError
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -59,3 +61,19 @@ def parse_tokenizer_config(data: bytes, where: str) -> TokenizerConfig:
     if config.add_bos and config.bos_token is None:
         raise BundleError(f"{where}: add_bos is true but bos_token is not set")
     return config
+
+
+@contextmanager
+def tokenizer_faults(where: str, kind: type[InputError]) -> Iterator[None]:
+    """Turns what the `tokenizers` library raises inside the block into one line of `kind`.
+
+    The library has no error class of its own: it raises bare `Exception`s, and a panic inside it (on an
+    inconsistent description) surfaces as a `BaseException` that cannot be imported.
+    """
+    try:
+        yield
+    except BaseException as error:
+        bare = type(error) in (Exception, TypeError, ValueError, OverflowError, UnicodeEncodeError)
+        if not bare and type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{where}: not a usable tokenizer: {' '.join(str(error).split())[:300]}") from error

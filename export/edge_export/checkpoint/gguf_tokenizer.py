@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from edge_export.checkpoint.added_tokens import check_added_tokens, own_tokens
 from edge_export.checkpoint.gguf_file import GgufFile, MetadataValue
 from edge_export.checkpoint.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from edge_export.checkpoint.tokenizer_files import (
@@ -28,6 +29,7 @@ from edge_export.checkpoint.tokenizer_files import (
     ordered_ids,
     parse_tokenizer,
 )
+from edge_reasoner.contract.bundle.tokenizer_files import tokenizer_faults
 from edge_reasoner.errors import CheckpointError
 
 # llama_token_type of GGUF (and SentencePiece's piece types)
@@ -349,6 +351,8 @@ def _finish(
         "post_processor": None,
     }
     tokenizer = parse_tokenizer(dump_json({**head, **parts}), reader.where)
+    with tokenizer_faults(reader.where, CheckpointError):
+        warnings = (*warnings, *check_added_tokens(tokenizer, own_tokens(head), reader.where))
     template = reader.text("tokenizer.chat_template")
     return TokenizerFiles(
         tokenizer_json=canonical_json(tokenizer, reader.where),

@@ -27,8 +27,8 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _Fields = Iterator[tuple[int, int | bytes]]
 
 
-def tokenizer_from_sentencepiece(path: Path, chat_template: str | None) -> TokenizerFiles:
-    """The tokenizer in the SentencePiece BPE model at `path`.
+def tokenizer_from_sentencepiece(path: Path) -> TokenizerFiles:
+    """The tokenizer in the SentencePiece BPE model at `path`, without the tokens that lie beside it.
 
     Raises CheckpointError when it is corrupt, of another kind (unigram, word, char), or normalizes its input.
     """
@@ -51,8 +51,6 @@ def tokenizer_from_sentencepiece(path: Path, chat_template: str | None) -> Token
     special_ids = {"unknown": model.unknown_id, "bos": model.bos_id, "eos": model.eos_id}
     metadata |= {f"tokenizer.ggml.{name}_token_id": i for name, i in special_ids.items() if i >= 0}
     metadata["tokenizer.ggml.add_bos_token"] = model.bos_id >= 0
-    if chat_template is not None:
-        metadata["tokenizer.chat_template"] = chat_template
     return build_tokenizer(metadata, where)
 
 

@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Tokenizer
 
+from edge_export.checkpoint.added_tokens import (
+    broken_tokens,
+    check_added_tokens,
+    misnumbered,
+    own_tokens,
+    tokens_of_side_files,
+    with_added_tokens,
+)
 from edge_export.checkpoint.gguf_tokenizer import tokenizer_from_gguf
-from edge_export.checkpoint.json_file import read_bounded, read_json_object
+from edge_export.checkpoint.json_file import read_json_object, read_text
 from edge_export.checkpoint.sentencepiece_model import tokenizer_from_sentencepiece
 from edge_export.checkpoint.tokenizer_files import (
     END_OF_GENERATION,
@@ -30,6 +38,7 @@ from edge_export.checkpoint.tokenizer_files import (
     ordered_ids,
     parse_tokenizer,
 )
+from edge_reasoner.contract.bundle.tokenizer_files import tokenizer_faults
 from edge_reasoner.errors import CheckpointError
 
 #: Gemma's tokenizer_config.json lists every added token and has 1.2 MB.
@@ -41,7 +50,24 @@ _SIDE_FILES: Final = (
     "special_tokens_map.json",
     "generation_config.json",
     "config.json",
+    "added_tokens.json",
 )
+_ROLES: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
+#: as the bundle's TokenizerConfig allows
+_MAX_ROLE_CHARS: Final = 200
+
+
+@dataclass(frozen=True)
+class _Defaults:
+    """What a tokenizer says of itself where no side file does: a tokenizer.json says nothing."""
+
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    add_bos: bool = False
+    unk_token: str | None = None
+
+
+_NO_DEFAULTS: Final = _Defaults()
 
 
 def load_tokenizer_files(path: Path) -> TokenizerFiles:
@@ -66,6 +92,19 @@ def limit_vocabulary(files: TokenizerFiles, rows: int) -> TokenizerFiles:
         return files
     description = json.loads(files.tokenizer_json)
     kept = [token for token in description["added_tokens"] if token["id"] < rows]
+    dropped = [token["content"] for token in description["added_tokens"] if token["id"] >= rows]
+    for text in dropped:
+        if files.chat_template is not None and text in files.chat_template:
+            raise CheckpointError(
+                f"tokenizer.json: the chat template writes the added token {text[:80]!r}, which lies beyond "
+                f"the {rows} tokens that the model embeds"
+            )
+    vocabulary = description["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        left_out = set(dropped)
+        description["model"]["vocab"] = {
+            text: i for text, i in vocabulary.items() if i < rows or text not in left_out
+        }
     tokenizer = parse_tokenizer(dump_json({**description, "added_tokens": kept}), "tokenizer.json")
     size = _check_ids(tokenizer, "tokenizer.json")
     declared = (*files.eos_token_ids, *(() if files.bos_token_id is None else (files.bos_token_id,)))
@@ -78,6 +117,17 @@ def limit_vocabulary(files: TokenizerFiles, rows: int) -> TokenizerFiles:
         tokenizer_json=canonical_json(tokenizer, "tokenizer.json"),
         special_tokens=tuple(token["content"] for token in kept if token["special"]),
         vocab_size=size,
+        warnings=(*files.warnings, *_dropped(dropped, rows)),
+    )
+
+
+def _dropped(texts: list[str], rows: int) -> tuple[str, ...]:
+    if not texts:
+        return ()
+    shown = ", ".join(repr(text[:80]) for text in texts[:3])
+    return (
+        f"tokenizer.json: {len(texts)} added tokens lie beyond the {rows} tokens that the model embeds and "
+        f"are left out: {shown}",
     )
 
 
@@ -86,46 +136,93 @@ def _from_directory(path: Path) -> TokenizerFiles:
     template = _chat_template(path, side["tokenizer_config.json"])
     source = path / "tokenizer.json"
     if source.is_file():
-        return _from_tokenizer_json(source, side, template)
-    if (path / "tokenizer.model").is_file():
-        return tokenizer_from_sentencepiece(path / "tokenizer.model", template)
+        text = read_text(source, MAX_TOKENIZER_JSON_BYTES)
+        return _with_side_files(text, _NO_DEFAULTS, side, template, str(source))
+    source = path / "tokenizer.model"
+    if source.is_file():
+        base = tokenizer_from_sentencepiece(source)
+        return _with_side_files(base.tokenizer_json.decode("utf-8"), base, side, template, str(source))
     raise CheckpointError(
         f"{path}: has no tokenizer.json or tokenizer.model; save one with transformers: "
         "AutoTokenizer.from_pretrained(…).save_pretrained(…)"
     )
 
 
-def _from_tokenizer_json(source: Path, side: _SideFiles, template: str | None) -> TokenizerFiles:
-    where = str(source)
-    try:
-        text = read_bounded(source, MAX_TOKENIZER_JSON_BYTES).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{where}: not UTF-8") from error
+def _with_added_tokens(text: str, side: _SideFiles, where: str) -> tuple[Tokenizer, tuple[str, ...]]:
+    """The tokenizer with every added token under its own id and in one piece, and warnings."""
+    with tokenizer_faults(where, CheckpointError):
+        return _try_added_tokens(text, side, where)
+
+
+def _try_added_tokens(text: str, side: _SideFiles, where: str) -> tuple[Tokenizer, tuple[str, ...]]:
     tokenizer = parse_tokenizer(text, where)
+    description = json.loads(text)
+    own = own_tokens(description)
+    beside = tokens_of_side_files(
+        side["added_tokens.json"], side["tokenizer_config.json"], _special_texts(side), where
+    )
+    listed = {token.content for token in own}
+    tokens = (*own, *(token for token in beside if token.content not in listed))
+    numbers = {token.content: token.id for token in own}
+    for token in beside:
+        if numbers.get(token.content, token.id) != token.id:
+            raise CheckpointError(
+                f"{where}: gives {token.content[:80]!r} the id {numbers[token.content]}; the files beside it "
+                f"say {token.id}"
+            )
+    if misnumbered(tokenizer, tokens):
+        description = with_added_tokens(description, tokens, where)
+        tokenizer = parse_tokenizer(dump_json(description), where)
+    if broken := broken_tokens(tokenizer, tokens):
+        # A normalizer changes their text before it is looked for: look for it before.
+        early = set(broken)
+        tokens = tuple(replace(token, normalized=False) if token in early else token for token in tokens)
+        description["added_tokens"] = [asdict(token) for token in tokens]
+        tokenizer = parse_tokenizer(dump_json(description), where)
+    return tokenizer, check_added_tokens(tokenizer, tokens, where)
+
+
+def _special_texts(side: _SideFiles) -> frozenset[str]:
+    """Texts that the side files name in a role, or as additional special tokens."""
+    texts: set[str] = set(END_OF_GENERATION)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        named = [side[name].get(role) for role in _ROLES]
+        more = side[name].get("additional_special_tokens")
+        for value in (*named, *(more if isinstance(more, list) else ())):
+            text = value.get("content") if isinstance(value, dict) else value
+            texts |= {text} if isinstance(text, str) else set()
+    return frozenset(texts)
+
+
+def _with_side_files(
+    text: str, base: _Defaults | TokenizerFiles, side: _SideFiles, template: str | None, where: str
+) -> TokenizerFiles:
+    """The tokenizer in the JSON `text`; what the side files do not say is as in `base`."""
+    tokenizer, warnings = _with_added_tokens(text, side, where)
     names = _Names(tokenizer, where, _check_ids(tokenizer, where))
     specials = names.special()
-    config = side["tokenizer_config.json"]
-    roles = {
-        role: names.id_of_role(role, side) for role in ("bos_token", "eos_token", "unk_token", "pad_token")
-    }
-    bos, eos = roles["bos_token"], roles["eos_token"]
+    flag = side["tokenizer_config.json"].get("add_bos_token")
+    roles, unknown = names.roles(side, {"bos_token": flag is not False, "eos_token": True})
+    bos = base.bos_token_id if roles["bos_token"] is None else roles["bos_token"]
+    eos = roles["eos_token"]
     declared = (*names.declared_ids("generation_config.json", side), *names.declared_ids("config.json", side))
-    if eos is None and declared:
-        eos = declared[0]
+    if eos is None:
+        eos = declared[0] if declared else next(iter(base.eos_token_ids), None)
     named = [i for i, token in specials.items() if token in END_OF_GENERATION]
-    flag = config.get("add_bos_token")
+    prepends = base.add_bos or _prepends(tokenizer, bos)
     return TokenizerFiles(
         tokenizer_json=canonical_json(tokenizer, where),
         chat_template=template,
         bos_token_id=bos,
         eos_token_ids=ordered_ids(eos, (*declared, *named)),
-        add_bos=bos is not None and (flag if isinstance(flag, bool) else _prepends(tokenizer, bos)),
+        add_bos=bos is not None and (flag if isinstance(flag, bool) else prepends),
         bos_token=names.text(bos),
         eos_token=names.text(eos),
-        unk_token=names.text(roles["unk_token"]),
+        unk_token=names.text(roles["unk_token"]) or base.unk_token,
         pad_token=names.text(roles["pad_token"]),
         special_tokens=tuple(specials.values()),
         vocab_size=names.vocab_size,
+        warnings=(*warnings, *unknown),
     )
 
 
@@ -141,9 +238,13 @@ def _check_ids(tokenizer: Tokenizer, where: str) -> int:
     return max(ids) + 1
 
 
-def _prepends(tokenizer: Tokenizer, token_id: int) -> bool:
+def _prepends(tokenizer: Tokenizer, token_id: int | None) -> bool:
     """Whether the tokenizer's own post-processor starts every text with `token_id`."""
-    return tokenizer.encode("a").ids[:1] == [token_id] and tokenizer.token_to_id("a") != token_id
+    return (
+        tokenizer.encode("a").ids[:1] == [token_id]
+        and token_id is not None
+        and tokenizer.token_to_id("a") != token_id
+    )
 
 
 @dataclass(frozen=True)
@@ -163,18 +264,35 @@ class _Names:
         """The token's text; None for none."""
         return None if token_id is None else str(self.tokenizer.id_to_token(token_id))
 
-    def id_of_role(self, role: str, side: _SideFiles) -> int | None:
-        """The id of, say, `bos_token`: the first file that names it decides."""
+    def roles(
+        self, side: _SideFiles, needed: Mapping[str, bool]
+    ) -> tuple[dict[str, int | None], tuple[str, ...]]:
+        """Role → token id or None: the first file that names a role decides.
+
+        Also warnings of names that are no tokens. Raises CheckpointError if the role is `needed`.
+        """
+        found: dict[str, int | None] = {}
+        warnings = []
+        for role in _ROLES:
+            name, text = self._named(role, side)
+            known = isinstance(text, str) and len(text) <= _MAX_ROLE_CHARS
+            found[role] = self.tokenizer.token_to_id(text) if known else None
+            if text is None or found[role] is not None:
+                continue
+            problem = f"{self.where}: {name} names the {role} {repr(text)[:82]}, which is not a token"
+            if needed.get(role):
+                raise CheckpointError(problem)
+            warnings.append(f"{problem}; the model is used without one")
+        return found, tuple(warnings)
+
+    def _named(self, role: str, side: _SideFiles) -> tuple[str, Any]:
+        """The file that names a token for `role`, and what it names."""
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             value = side[name].get(role)
             text = value.get("content") if isinstance(value, dict) else value
-            if text is None:
-                continue
-            token_id = self.tokenizer.token_to_id(text) if isinstance(text, str) else None
-            if token_id is None:
-                raise CheckpointError(f"{self.where}: {name} names the {role} {text!r}, which is not a token")
-            return int(token_id)
-        return None
+            if text is not None and text != "":
+                return name, text
+        return "", None
 
     def declared_ids(self, name: str, side: _SideFiles) -> tuple[int, ...]:
         """`eos_token_id` of a configuration file: none, one or a list."""
@@ -193,10 +311,7 @@ def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
     """The default chat template: `chat_template.jinja` first, then the one in tokenizer_config.json."""
     file = path / "chat_template.jinja"
     if file.is_file():
-        try:
-            return read_bounded(file, MAX_CHAT_TEMPLATE_BYTES).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{file}: not UTF-8") from error
+        return read_text(file, MAX_CHAT_TEMPLATE_BYTES)
     where = str(path / "tokenizer_config.json")
     value = config.get("chat_template")
     if isinstance(value, list):  # several named templates

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer
 
+from edge_reasoner.contract.bundle.tokenizer_files import tokenizer_faults
 from edge_reasoner.errors import CheckpointError
 
 #: Gemma 3's tokenizer.json, the largest of the supported families, has 33 MB.
@@ -18,8 +19,8 @@ MAX_CHAT_TEMPLATE_BYTES: Final = 256 * 1024
 MAX_VOCAB_TOKENS: Final = 1 << 21
 MAX_TOKEN_BYTES: Final = 4096
 
-#: words, digits, spaces, another script: whatever a tokenizer does, it does here
-_TRIAL: Final = " Hello, world! 123\n\t don't  größe 你好 🙂"
+#: words, digits, spaces, another script, what no vocabulary has: whatever a tokenizer does, it does here
+_TRIAL: Final = " Hello, world! 123\n\t don't  größe 你好 🙂 \U000fabcd"
 
 #: Tokens that end an answer or a turn wherever a vocabulary has them; llama.cpp goes by the same names.
 END_OF_GENERATION: Final = frozenset(
@@ -78,17 +79,11 @@ def parse_tokenizer(text: str, where: str) -> Tokenizer:
 
     Raises CheckpointError when the library refuses it, or fails on the trial text.
     """
-    try:
+    with tokenizer_faults(where, CheckpointError):
         tokenizer = Tokenizer.from_str(text)
         tokenizer.no_truncation()
         tokenizer.no_padding()  # before the trial: a hostile fixed padding would fill the memory
         tokenizer.decode(tokenizer.encode(_TRIAL).ids)
-    except BaseException as error:
-        # The library has no error class of its own: it raises bare `Exception`s, and a panic inside it (on an
-        # inconsistent description) surfaces as a `BaseException` that cannot be imported.
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
-            raise
-        raise CheckpointError(f"{where}: not a usable tokenizer: {_one_line(error)}") from error
     return tokenizer
 
 
@@ -121,7 +116,3 @@ def ordered_ids(first: int | None, others: Iterable[int]) -> tuple[int, ...]:
 def dump_json(value: Any) -> str:
     """Compact JSON for the tokenizers library."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -71,7 +71,7 @@ class InferenceClient:
                 "InferenceClient: give an endpoint (a URL or a bundle directory) or a model_name"
             )
         if isinstance(place, str) and "://" in place:
-            environment = os.environ if api_key is None else {_KEY_NAME: api_key}
+            environment = os.environ if api_key is None else {**os.environ, _KEY_NAME: api_key}
             key_env = "OPENAI_API_KEY" if api_key is None else _KEY_NAME
             self._cloud = connect(CloudOptions(place, model_name, key_env, environment))
         elif Path(place).exists():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from edge_reasoner.chat.model import ChatModel
-from edge_reasoner.cloud.base import CloudOptions
 from edge_reasoner.errors import InputError
+
+if TYPE_CHECKING:
+    from edge_reasoner.chat.model import ChatModel
+    from edge_reasoner.cloud.base import CloudOptions
 
 ProtocolName = Literal["openai"]
 DEFAULT_PROTOCOL: ProtocolName = "openai"

@@ -152,7 +152,7 @@ class OpenAIModel:
 
     def _once(self, body: bytes, end_s: float, answer: AnswerUnderWay) -> Iterator[str]:
         with self._transport.exchange("POST", "/chat/completions", body, end_s) as reply:
-            if reply.status != 200:
+            if not 200 <= reply.status < 300:
                 raise self._refusal(reply)
             kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind.startswith(_NO_TEXT_KINDS):

@@ -44,7 +44,8 @@ def retry_after_s(headers: Mapping[str, str], now: Callable[[], float]) -> float
     if in_ms is not None:
         return in_ms / 1e3
     value = headers.get("retry-after", "")
-    seconds = _number(value)
+    # a gateway may have added its own wish to that of the server behind it
+    seconds = _number(value if value[:1].isalpha() else value.partition(",")[0])
     if seconds is not None:
         return seconds
     then_s = _date_s(value)

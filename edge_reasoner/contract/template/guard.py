@@ -14,12 +14,13 @@ Filters and methods that chat templates do not need (center, wordwrap, zfill, â€
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from jinja2 import nodes, pass_context
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro
@@ -297,6 +298,12 @@ class _Rewriter(NodeTransformer):
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:  # noqa: N802
         return _guarded(nodes.Const(node.data, lineno=node.lineno), _GUARD_TEXT)
+
+    def visit_Const(self, node: nodes.Const) -> nodes.Node:  # noqa: N802
+        if isinstance(node.value, float) and not math.isfinite(node.value):
+            # jinja would write it into its code as a name: inf
+            raise TemplateSyntaxError("a number that is not finite", node.lineno)
+        return node
 
     def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
         return self._literal(node)

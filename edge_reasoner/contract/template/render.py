@@ -1,6 +1,6 @@
 """Chat templates: messages to one prompt text, as transformers renders them, but bounded.
 
-Templates come with models and are untrusted; `template_guard.py` says how they are kept within bounds.
+Templates come with models and are untrusted; `guard.py` says how they are kept within bounds.
 """
 
 from __future__ import annotations
@@ -26,18 +26,32 @@ _MAX_ERROR_CHARS = 300
 #: One chat message: `role` and `content`, and whatever else a template reads.
 Message = Mapping[str, Any]
 
-# What a template can raise besides jinja's own errors: it runs Python operators on our values.
+# What a template can raise besides jinja's own errors: it becomes Python code, which is compiled and run.
 _TEMPLATE_FAULTS = (
     jinja2.TemplateError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    BufferError,
+    LookupError,
+    MemoryError,
+    NameError,
+    OSError,
+    RuntimeError,
+    StopIteration,
+    SyntaxError,
+    SystemError,
     TypeError,
     ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-    MemoryError,
-    SyntaxError,
 )
+
+
+class TemplateRefusedError(TemplateError):
+    """The template itself refuses the conversation, by `raise_exception`."""
+
+
+class _RefusedError(jinja2.TemplateRuntimeError):
+    """`raise_exception` on its way out of the template."""
 
 
 class ChatTemplate:
@@ -110,7 +124,7 @@ class ChatTemplate:
 
 
 def _raise_exception(message: object) -> NoReturn:
-    raise jinja2.TemplateRuntimeError(str(message))
+    raise _RefusedError(str(message))
 
 
 def _as_template_error(error: BaseException) -> TemplateError:
@@ -119,4 +133,5 @@ def _as_template_error(error: BaseException) -> TemplateError:
     text = " ".join(str(error).split()) or type(error).__name__
     line = getattr(error, "lineno", None)
     where = f"chat template, line {line}" if isinstance(line, int) else "chat template"
-    return TemplateError(f"{where}: {text[:_MAX_ERROR_CHARS]}")
+    kind = TemplateRefusedError if isinstance(error, _RefusedError) else TemplateError
+    return kind(f"{where}: {text[:_MAX_ERROR_CHARS]}")

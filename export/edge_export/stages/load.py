@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Final
 
 from edge_export.checkpoint.bert import EncoderCheckpoint, load_encoder
+from edge_export.checkpoint.chat_template import check_chat_template_works
 from edge_export.checkpoint.load import DecoderCheckpoint, load_checkpoint
 from edge_export.checkpoint.tokenizer import limit_vocabulary, load_tokenizer_files
 from edge_export.checkpoint.tokenizer_files import TokenizerFiles
@@ -29,6 +30,8 @@ def load(run: Run, found: Found) -> Loaded:
             f"the chat template exceeds {MAX_TEMPLATE_BYTES} bytes and was left out",
         )
         template = None
+    if template is not None:
+        warnings = (*warnings, *check_chat_template_works(template, tokenizer, str(found.path)))
     return extend(
         Loaded,
         found,

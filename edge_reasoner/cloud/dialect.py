@@ -34,7 +34,7 @@ _TOO_LARGE = re.compile(r"too (?:large|high|big)|at most|exceed|less than|maximu
 #: parameters that are everyday words too: meant only where they are quoted or called what they are
 _WORDS = frozenset(("stop", "stream", "seed"))
 _NAMED = (
-    r"(?:['\"`]|(?:parameter|argument|field|name|option|key|supplied|support|supported)s?:? ){0}(?![\w-])"
+    r"(?:['\"`\[(]|(?:parameter|argument|field|name|option|key|supplied|support|supported)s?:? ){0}(?![\w-])"
     r"|(?<![\w-]){0}(?= (?:is |are )?(?:not|parameter|field|argument|un|invalid))"
 )
 _REFUSED_STATUS = frozenset((400, 422))
@@ -82,9 +82,10 @@ class Dialect:
         words = " ".join((fault.message, *fault.codes)).lower()
         changes: dict[str, str | None] = {}
         for name in _refused_names(fault, names, sent):
-            renamed = name == _OLD_LIMIT and ("instead" in words or not _TOO_LARGE.search(words))
-            changes[name] = _NEW_LIMIT if renamed else None
-            self._remember(name, changes[name], sent[name], about_value=bool(_VALUE_WORDS.search(words)))
+            about_value = bool(_VALUE_WORDS.search(words))
+            meant = "instead" in words or (_NEW_LIMIT in words and not _TOO_LARGE.search(words))
+            changes[name] = _NEW_LIMIT if name == _OLD_LIMIT and (meant or not about_value) else None
+            self._remember(name, changes[name], sent[name], about_value=about_value)
         return changes
 
     def _remember(self, name: str, new_name: str | None, value: Any, *, about_value: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Callable, Mapping
 from email.utils import mktime_tz, parsedate_tz
 
@@ -12,6 +12,7 @@ from edge_reasoner.errors import CloudError
 _RETRY_STATUS = frozenset((408, 409, 425, 429))
 #: of the server's own faults, those that another attempt will meet again
 _LASTING_STATUS = frozenset((501, 505, 506, 508, 510, 511))
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
 _LASTING_CODES = frozenset(("insufficient_quota", "billing_hard_limit_reached", "billing_not_active"))
 
 
@@ -56,11 +57,8 @@ def retry_after_s(headers: Mapping[str, str], now: Callable[[], float]) -> float
 
 
 def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and value >= 0 else None
+    # as many digits as one likes: infinity is a wish too
+    return float(text) if _NUMBER.fullmatch(text.strip()) else None
 
 
 def _date_s(text: str) -> float | None:

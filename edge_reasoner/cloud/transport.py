@@ -217,6 +217,8 @@ def base_url(url: str) -> str:
         raise InputError(f"cloud URL {shown!r}: {_invalid(error)}") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise InputError(f"cloud URL {shown!r}: expected http://HOST[:PORT]/v1 or https://HOST/v1")
+    if parsed.port is not None and not 0 < parsed.port < 65536:
+        raise InputError(f"cloud URL {shown!r}: port {parsed.port} is not allowed; give 1 to 65535")
     if parsed.userinfo or parsed.query or parsed.fragment:
         raise InputError(
             f"cloud URL {shown!r}: user, password, query and fragment are not allowed in it; "

@@ -49,6 +49,18 @@ def _openai(message: str, param: str | None = None, code: str | None = None) -> 
         ),
         ("min_p", {"detail": "Unknown parameter: min_p"}, 422),
         ("top_p", {"message": "unknown field `top_p`"}, 400),
+        (
+            "stream_options",
+            {"object": "error", "message": {"detail": [{"loc": ["body", "stream_options"]}]}},
+            422,
+        ),
+        ("seed", {"message": "extraneous key [seed] is not permitted"}, 400),
+        (
+            "top_p",
+            {"error": "Input validation error: `top_p` must be < 1.0", "error_type": "validation"},
+            422,
+        ),
+        ("max_tokens", _openai("max_tokens: must be at least 64"), 400),
         ("seed", [{"error": {"code": 400, "message": 'Unknown name "seed": Cannot find field.'}}], 400),
         ("stop", b"parameter stop is not allowed", 400),
         ("seed", _openai('upstream: {"error": {"message": "bad", "param": "seed"}}'), 400),

@@ -226,7 +226,16 @@ def test_malformed_model_list(body: bytes) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "ftp://x/v1", "http://", "nonsense", "http://u:p@host/v1", "http://h/v1?key=1", "http://[::1/v1"],
+    [
+        "",
+        "ftp://x/v1",
+        "http://",
+        "nonsense",
+        "http://u:p@host/v1",
+        "http://h/v1?key=1",
+        "http://[::1/v1",
+        "http://h:65536/v1",
+    ],
 )
 def test_bad_urls_are_refused(url: str) -> None:
     """A URL that cannot be an endpoint, or carries a secret, is an InputError before anything is sent."""

@@ -26,6 +26,7 @@ THERE_S = NOW_S + 5 * 365 * 86400
         ({"retry-after": "3"}, 3.0),
         ({"retry-after": " 2.5 "}, 2.5),
         ({"retry-after": "4, 9"}, 4.0),
+        ({"retry-after": "9" * 400}, float("inf")),
         ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
         (
             {"retry-after": formatdate(THERE_S + 3, usegmt=True), "date": formatdate(THERE_S, usegmt=True)},

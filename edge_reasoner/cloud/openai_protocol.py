@@ -93,7 +93,7 @@ class OpenAIModel:
     def _pieces(self, request: ChatRequest, cancellation: Cancellation) -> _Pieces:
         """The answer as its reader sees it: within the total time, cancellable, errors without secrets."""
         end_s = self._clock() + self._limits.total_s
-        answer = AnswerUnderWay(self._transport.redactor, self._limits, self._clock)
+        answer = AnswerUnderWay(self._transport.answer_redactor, self._limits, self._clock)
         source = pumped(
             self._tried(request, end_s, answer),
             deadline_s=lambda: min(end_s, answer.settled_s),

@@ -119,6 +119,11 @@ class PieceRedactor:
         return shown
 
 
+def is_telling(secret: str) -> bool:
+    """Whether a secret is one by its looks: not a short word that stands in where no key is needed."""
+    return len(secret) >= PART_CHARS and not secret.isalpha()
+
+
 def shown_url(url: str) -> str:
     """A URL as it may be shown: without user, password, query and fragment, at most 200 characters."""
     place = re.split(r"[?#]", " ".join(url.split()), maxsplit=1)[0]

@@ -17,7 +17,7 @@ from edge_reasoner.cloud.base import CloudOptions
 from edge_reasoner.cloud.encodings import unpacked
 from edge_reasoner.cloud.faults import one_line
 from edge_reasoner.cloud.proxies import is_loopback, proxy_for
-from edge_reasoner.cloud.redact import Redactor, shown_url
+from edge_reasoner.cloud.redact import Redactor, is_telling, shown_url
 from edge_reasoner.cloud.retry import RetryError
 from edge_reasoner.errors import CloudError, CloudUnavailableError, InputError
 
@@ -44,7 +44,7 @@ class Reply:
         try:
             for chunk in self.chunks(limit_bytes):
                 body += chunk
-        except (CloudError, httpx.HTTPError):
+        except (CloudError, RetryError, httpx.HTTPError):
             return body
         return body
 
@@ -64,7 +64,10 @@ class Transport:
         self._closed = False
         key = options.environment.get(options.api_key_env, "") if options.api_key_env else ""
         self._key = key.strip()
+        #: for errors
         self.redactor = Redactor((self._key, *self._proxy_secrets()))
+        #: for answers, which may well hold "none" or "placeholder" where such a word stands in for a key
+        self.answer_redactor = Redactor((self._key,) if is_telling(self._key) else ())
 
     @contextmanager
     def exchange(self, method: str, path: str, body: bytes | None, deadline_s: float) -> Iterator[Reply]:

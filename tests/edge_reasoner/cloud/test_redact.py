@@ -123,6 +123,14 @@ def test_an_echo_in_an_answer_is_masked(ask) -> None:
     assert (result.model, result.finish_reason) == ("***", "stop ***")
 
 
+@pytest.mark.parametrize("key", ["none", "placeholder", "EMPTY"])
+def test_a_word_instead_of_a_key_stays_in_answers(ask, key: str) -> None:
+    """Where any word does for a key, answers and names that hold the word are left alone."""
+    with hostile_cloud(send(HEAD + event(f"There is {key} left", "stop", model=key))) as server:
+        result = ask(server.url, environment={"OPENAI_API_KEY": key})
+    assert (result.text, result.model) == (f"There is {key} left", key)
+
+
 def test_an_error_without_secrets_keeps_its_cause(ask) -> None:
     """Only what held a secret is cut off; other errors keep what caused them."""
     with pytest.raises(CloudUnavailableError) as caught:

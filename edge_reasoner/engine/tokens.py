@@ -11,7 +11,9 @@ from tokenizers import Tokenizer
 from edge_reasoner.contract.bundle.tokenizer_files import (
     MAX_TOKENIZER_BYTES,
     TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
     TokenizerConfig,
+    tokenizer_faults,
 )
 from edge_reasoner.errors import BundleError, InputError
 
@@ -45,21 +47,15 @@ class TextTokenizer:
             raise BundleError(
                 f"{where}: {len(tokenizer_json)} bytes; at most {MAX_TOKENIZER_BYTES} are allowed"
             )
-        try:
-            tokenizer = Tokenizer.from_str(tokenizer_json.decode("utf-8"))
-        except BaseException as error:
-            # The Rust library raises bare Exceptions; its panics are BaseExceptions nobody can import.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise BundleError(f"{where}: not a tokenizer.json: {str(error)[:200]}") from error
-        return cls(tokenizer, config)
+        with tokenizer_faults(where, BundleError):
+            return cls(Tokenizer.from_str(tokenizer_json.decode("utf-8")), config)
 
     def encode(self, text: str, *, add_special: bool = False) -> list[int]:
         """Token ids of `text`.
 
         `add_special` applies the definition's own post-processor ([CLS] … [SEP] of an encoder); chat
         templates have written theirs already. Raises InputError for text that is too long or holds lone
-        surrogates.
+        surrogates, BundleError where the definition itself fails (an unknown token that is no token).
         """
         if len(text) > MAX_TEXT_CHARS:
             raise InputError(f"text of {len(text)} characters; at most {MAX_TEXT_CHARS} are allowed")
@@ -67,17 +63,14 @@ class TextTokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"text is not valid Unicode at character {error.start}") from error
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
+        with tokenizer_faults(TOKENIZER_FILE, BundleError):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
         return ids
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a raw prompt: with the BOS token where the model wants one."""
-        ids = self.encode(text)
-        return ids if self.bos_id is None else [self.bos_id, *ids]
-
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of `token_ids`. Ids outside the vocabulary give nothing."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special)
+        """Text of `token_ids`. Ids outside the vocabulary give nothing. Raises BundleError as `encode`."""
+        with tokenizer_faults(TOKENIZER_FILE, BundleError):
+            text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special)
         return text
 
     def token_id(self, token: str) -> int | None:
@@ -107,6 +100,10 @@ class IncrementalDecoder:
     token loses), so each step decodes a window: the tokens shown last, as context, and everything since.
     Text that a later token may still change is held back: an unfinished UTF-8 sequence, and a run of
     byte-fallback tokens, which the decoder judges as a whole.
+
+    The library's own `DecodeStream` is not used: with byte fallback it raises, or differs from the full
+    decode, as soon as a run of byte tokens is no UTF-8, and it never gives the text that is held back at the
+    end.
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:

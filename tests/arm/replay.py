@@ -88,7 +88,8 @@ def record(path: Path, cache_dir: Path) -> Recorded:
     activated = open_component(bundle, "reasoner", cache_dir)
     recordings = []
     for prompt in PROMPTS:
-        prompt_ids = tokenizer.encode_prompt(prompt)
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        prompt_ids = [*bos, *tokenizer.encode(prompt)]
         steps = []
         for row in logits_along(activated.decoder, prompt_ids, None):
             spaced = np.arange(0, len(row), max(1, len(row) // SPACED))

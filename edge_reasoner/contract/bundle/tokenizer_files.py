@@ -73,7 +73,7 @@ def tokenizer_faults(where: str, kind: type[InputError]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        bare = type(error) in (Exception, TypeError, ValueError, OverflowError, UnicodeEncodeError)
+        bare = type(error) is Exception or isinstance(error, (TypeError, ValueError, OverflowError))
         if not bare and type(error).__name__ != "PanicException":
             raise
         raise kind(f"{where}: not a usable tokenizer: {' '.join(str(error).split())[:300]}") from error

@@ -233,12 +233,15 @@ def _placements(config: DecoderConfig, family: Family) -> dict[str, Placement]:
     return placements
 
 
-def _refuse_unsupported(file: GgufFile) -> None:
+def _refuse_parts(file: GgufFile) -> None:
     if type(parts := file.metadata.get("split.count", 0)) is int and parts > 1:
         raise CheckpointError(
             f"{file.path}: one of {parts} GGUF parts; join them with `llama-gguf-split --merge` and give "
             "the result"
         )
+
+
+def _refuse_unsupported(file: GgufFile) -> None:
     if "blk.0.attn_qkv.weight" in file.tensors:
         raise CheckpointError(f"{file.path}: fused q/k/v tensors are not supported; convert without fusing")
 
@@ -249,6 +252,7 @@ def load_gguf_decoder(file: GgufFile) -> OpenedDecoder:
     Raises CheckpointError if the architecture is not supported, the metadata is missing or out of range, or a
     tensor is missing, misshapen, of a type that is not a weight, or stored and not used. Reads no weights.
     """
+    _refuse_parts(file)
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise CheckpointError(f"{file.path}: the metadata has no general.architecture; is it a model?")

@@ -29,17 +29,33 @@ import torch
 
 from edge_reasoner.errors import CheckpointError
 
-#: bool | int | float | str | list[str] | numpy array of a numeric type
+#: bool | int | float | str | list[str] | numpy array of a numeric type; bytes where a string is not UTF-8:
+#: that is no fault until somebody needs it as text
 MetadataValue = Any
 
 _MAX_METADATA_ENTRIES = 1 << 16
 _MAX_TENSORS = 1 << 16
 _MAX_ARRAY_ITEMS = 1 << 24
+_MAX_ARRAY_STRINGS = 1 << 22
 _MAX_KEY_BYTES = 1 << 16
 _MAX_ALIGNMENT_BYTES = 1 << 20
 _MAX_DIMENSIONS = 4
 #: dequantized at once: few enough that ggml's many temporaries stay in the cache
 _CHUNK_ELEMENTS = 1 << 18
+
+#: GGUF tensor type → name of a type that llama.cpp wrote once, and when it was removed
+_REMOVED_TYPES: Mapping[int, tuple[str, str]] = {
+    4: ("Q4_2", "in 2023"),
+    5: ("Q4_3", "in 2023"),
+    31: ("Q4_0_4_4", "in December 2024"),
+    32: ("Q4_0_4_8", "in December 2024"),
+    33: ("Q4_0_8_8", "in December 2024"),
+    36: ("IQ4_NL_4_4", "in December 2024"),
+    37: ("IQ4_NL_4_8", "in December 2024"),
+    38: ("IQ4_NL_8_8", "in December 2024"),
+}
+#: how the files of GGUF's predecessors begin
+_OLDER_MAGICS = (b"lmgg", b"fmgg", b"tjgg", b"algg", b"ggml", b"ggmf", b"ggjt")
 
 _STRING, _ARRAY = 8, 9
 #: GGUF value type → numpy type
@@ -73,17 +89,17 @@ class _Cursor:
 
     def __init__(self, data: npt.NDArray[np.uint8], path: Path) -> None:
         self._data = data
-        self._path = path
+        self.path = path
         self.offset = 0
 
     def fail(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self._path}: corrupt GGUF file: {what} (at byte {self.offset:,})")
+        return CheckpointError(f"{self.path}: corrupt GGUF file: {what} (at byte {self.offset:,})")
 
     def take(self, count_bytes: int, what: str) -> npt.NDArray[np.uint8]:
         left = len(self._data) - self.offset
         if count_bytes > left:
             raise CheckpointError(
-                f"{self._path}: truncated GGUF file: {what} needs {count_bytes:,} bytes at byte "
+                f"{self.path}: truncated GGUF file: {what} needs {count_bytes:,} bytes at byte "
                 f"{self.offset:,}, but the file ends {left:,} bytes later"
             )
         start, self.offset = self.offset, self.offset + count_bytes
@@ -95,19 +111,30 @@ class _Cursor:
     def u64(self, what: str) -> int:
         return int(struct.unpack("<Q", bytes(self.take(8, what)))[0])
 
-    def string(self, what: str, max_bytes: int | None = None) -> str:
+    def name(self, what: str) -> str:
+        """A short string that has to be text."""
         length = self.u64(f"the length of {what}")
-        if max_bytes is not None and length > max_bytes:
-            raise self.fail(f"{what} is {length:,} bytes long, at most {max_bytes:,} are allowed")
+        if length > _MAX_KEY_BYTES:
+            raise self.fail(f"{what} is {length:,} bytes long, at most {_MAX_KEY_BYTES:,} are allowed")
         try:
             return bytes(self.take(length, what)).decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.fail(f"{what} is not UTF-8 text") from error
 
+    def text(self, what: str) -> str | bytes:
+        """A string of any length: its bytes where they are not UTF-8."""
+        data = bytes(self.take(self.u64(f"the length of {what}"), what))
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return data
 
-def _strings(cursor: _Cursor, count: int, key: str) -> list[str]:
+
+def _strings(cursor: _Cursor, count: int, key: str) -> list[str | bytes]:
     what = f"an item of {key!r}"
-    return [cursor.string(what) for _ in range(count)]
+    if count > _MAX_ARRAY_STRINGS:
+        raise cursor.fail(f"{key!r} claims {count:,} strings, at most {_MAX_ARRAY_STRINGS:,} are allowed")
+    return [cursor.text(what) for _ in range(count)]
 
 
 def _array(cursor: _Cursor, key: str) -> MetadataValue:
@@ -126,7 +153,7 @@ def _array(cursor: _Cursor, key: str) -> MetadataValue:
 def _value(cursor: _Cursor, key: str) -> MetadataValue:
     value_type = cursor.u32(f"the type of {key!r}")
     if value_type == _STRING:
-        return cursor.string(repr(key))
+        return cursor.text(repr(key))
     if value_type == _ARRAY:
         return _array(cursor, key)
     if value_type not in _SCALARS:
@@ -135,10 +162,48 @@ def _value(cursor: _Cursor, key: str) -> MetadataValue:
     return cursor.take(dtype.itemsize, repr(key)).view(dtype)[0].item()
 
 
+def _read_counts(cursor: _Cursor) -> tuple[int, int]:
+    """Magic and version, checked; the numbers of tensors and of metadata entries."""
+    path, magic = cursor.path, bytes(cursor.take(4, "the magic"))
+    if magic in _OLDER_MAGICS:
+        raise CheckpointError(f"{path}: an older format than GGUF (GGML, GGJT); convert the model again")
+    if magic != b"GGUF":
+        raise CheckpointError(f"{path}: not a GGUF file: it does not begin with 'GGUF'")
+    version = cursor.u32("the version")
+    if version & 0xFFFF == 0 and version:
+        raise CheckpointError(
+            f"{path}: a big-endian GGUF file; allowed are little-endian ones; llama.cpp's "
+            "gguf_convert_endian.py converts it"
+        )
+    if version not in (2, 3):
+        raise CheckpointError(
+            f"{path}: GGUF version {version} is not supported; allowed are 2 and 3, little-endian"
+        )
+    tensor_count, entry_count = cursor.u64("the tensor count"), cursor.u64("the metadata count")
+    if tensor_count > _MAX_TENSORS or entry_count > _MAX_METADATA_ENTRIES:
+        raise cursor.fail(
+            f"the header claims {tensor_count:,} tensors and {entry_count:,} metadata entries, at most "
+            f"{_MAX_TENSORS:,} and {_MAX_METADATA_ENTRIES:,} are allowed"
+        )
+    return tensor_count, entry_count
+
+
+def gguf_architecture(path: Path) -> str:
+    """`general.architecture`, or "" where the file has none: it comes first, so that little else is read."""
+    cursor = _Cursor(_map_file(path), path)
+    _, entry_count = _read_counts(cursor)
+    for _ in range(entry_count):
+        key = cursor.name("a metadata key")
+        value = _value(cursor, key)
+        if key == "general.architecture":
+            return value if isinstance(value, str) else ""
+    return ""
+
+
 def _read_metadata(cursor: _Cursor, count: int) -> dict[str, MetadataValue]:
     metadata: dict[str, MetadataValue] = {}
     for _ in range(count):
-        key = cursor.string("a metadata key", _MAX_KEY_BYTES)
+        key = cursor.name("a metadata key")
         if key in metadata:
             raise cursor.fail(f"the metadata key {key!r} appears twice")
         metadata[key] = _value(cursor, key)
@@ -150,12 +215,21 @@ def _tensor_type(cursor: _Cursor, name: str) -> gguf.GGMLQuantizationType:
     try:
         return gguf.GGMLQuantizationType(raw)
     except ValueError as error:
-        raise cursor.fail(f"tensor {name!r} has the unknown type {raw}") from error
+        if raw in _REMOVED_TYPES:
+            removed, when = _REMOVED_TYPES[raw]
+            raise CheckpointError(
+                f"{cursor.path}: tensor {name!r} is of the type {removed}, which was removed from "
+                f"llama.cpp {when}; quantize the model again from its original weights (Q4_0, Q4_K_M)"
+            ) from error
+        raise CheckpointError(
+            f"{cursor.path}: tensor {name!r} has the unknown type {raw}: the file is corrupt, or newer "
+            "than the gguf package that reads it"
+        ) from error
 
 
 def _read_tensor(cursor: _Cursor) -> tuple[str, GgufTensor]:
     """One tensor's description; its offset still counts from the start of the data."""
-    name = cursor.string("a tensor name", _MAX_KEY_BYTES)
+    name = cursor.name("a tensor name")
     dimensions = cursor.u32(f"the rank of tensor {name!r}")
     if not 1 <= dimensions <= _MAX_DIMENSIONS:
         raise cursor.fail(f"tensor {name!r} has {dimensions} dimensions, allowed are 1 to {_MAX_DIMENSIONS}")
@@ -218,19 +292,7 @@ class GgufFile:
         self.path = path
         self._data = _map_file(path)
         cursor = _Cursor(self._data, path)
-        if bytes(cursor.take(4, "the magic")) != b"GGUF":
-            raise CheckpointError(f"{path}: not a GGUF file: it does not begin with 'GGUF'")
-        version = cursor.u32("the version")
-        if version not in (2, 3):
-            raise CheckpointError(
-                f"{path}: GGUF version {version} is not supported; allowed are 2 and 3, little-endian"
-            )
-        tensor_count, entry_count = cursor.u64("the tensor count"), cursor.u64("the metadata count")
-        if tensor_count > _MAX_TENSORS or entry_count > _MAX_METADATA_ENTRIES:
-            raise cursor.fail(
-                f"the header claims {tensor_count:,} tensors and {entry_count:,} metadata entries, at most "
-                f"{_MAX_TENSORS:,} and {_MAX_METADATA_ENTRIES:,} are allowed"
-            )
+        tensor_count, entry_count = _read_counts(cursor)
         self.metadata: Mapping[str, MetadataValue] = _read_metadata(cursor, entry_count)
         self.tensors: Mapping[str, GgufTensor] = _read_tensors(
             cursor, tensor_count, self.metadata, len(self._data), path

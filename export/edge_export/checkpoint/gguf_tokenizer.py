@@ -125,6 +125,8 @@ class _Reader:
 
     def _get(self, key: str, kind: type, wanted: str) -> Any:
         value = self._metadata.get(key)
+        if kind is str and isinstance(value, bytes):
+            raise CheckpointError(f"{self.where}: {key} is not UTF-8 text")
         if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
             raise CheckpointError(f"{self.where}: {key} must be {wanted}, not {type(value).__name__}")
         return value
@@ -141,6 +143,9 @@ class _Reader:
         value: list[str] | None = self._get(key, list, "an array of strings")
         if not value:
             raise CheckpointError(f"{self.where}: {key} is missing or empty")
+        for number, item in enumerate(value):
+            if not isinstance(item, str):
+                raise CheckpointError(f"{self.where}: item {number} of {key} is not UTF-8 text")
         return value
 
     def numbers(self, key: str, length: int) -> list[Any] | None:
@@ -165,12 +170,13 @@ class _Reader:
             raise CheckpointError(f"{self.where}: {key} is {value}; token ids are 0 … {vocab_size - 1}")
         return value
 
-    def padding_id(self, vocab_size: int) -> int | None:
-        """The padding token; files in the wild point it past the vocabulary, and nothing depends on it."""
-        value = self._metadata.get("tokenizer.ggml.padding_token_id")
+    def idle_id(self, name: str, vocab_size: int) -> int | None:
+        """A token that nothing depends on (padding): files in the wild point it past the vocabulary."""
+        value = self._metadata.get(f"tokenizer.ggml.{name}_token_id")
         return value if type(value) is int and 0 <= value < vocab_size else None
 
-    def vocabulary(self) -> Vocabulary:
+    def vocabulary(self, *, scored: bool = False) -> Vocabulary:
+        """Tokens and types; scores, which only a `scored` model needs."""
         tokens = self.strings("tokenizer.ggml.tokens")
         if len(tokens) > MAX_VOCAB_TOKENS:
             raise CheckpointError(
@@ -184,7 +190,7 @@ class _Reader:
             if len(token.encode("utf-8")) > MAX_TOKEN_BYTES:
                 raise CheckpointError(f"{self.where}: token {i} is longer than {MAX_TOKEN_BYTES} bytes")
         types = self.numbers("tokenizer.ggml.token_type", len(tokens)) or [NORMAL] * len(tokens)
-        scores = self.numbers("tokenizer.ggml.scores", len(tokens))
+        scores = self.numbers("tokenizer.ggml.scores", len(tokens)) if scored else None
         return Vocabulary(
             tuple(tokens), tuple(int(t) for t in types), None if scores is None else tuple(scores), ids
         )
@@ -225,7 +231,7 @@ def _pre_tokenizer(reader: _Reader) -> tuple[PreTokenizer, tuple[str, ...]]:
 
 def _sentencepiece(reader: _Reader) -> TokenizerFiles:
     """`llama`: SentencePiece BPE; a pair merges when its text is a token, best score first."""
-    vocabulary = reader.vocabulary()
+    vocabulary = reader.vocabulary(scored=True)
     if vocabulary.scores is None:
         raise CheckpointError(
             f"{reader.where}: tokenizer.ggml.scores is missing; a 'llama' tokenizer needs them"
@@ -337,8 +343,9 @@ def _finish(
     size = len(vocabulary.tokens)
     bos = reader.token_id("bos", size, defaults[0])
     eos = reader.token_id("eos", size, defaults[1])
-    unknown = reader.token_id("unknown", size, defaults[2])
-    padding = reader.padding_id(size)
+    unknown = reader.idle_id("unknown", size)
+    unknown = defaults[2] if unknown is None else unknown
+    padding = reader.idle_id("padding", size)
     add_bos = reader.flag("tokenizer.ggml.add_bos_token", add_bos)
     if add_bos and bos is None:
         raise CheckpointError(f"{reader.where}: add_bos_token is true, but bos_token_id is not set")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -12,14 +14,21 @@ import msgspec
 from edge_export.checkpoint import files
 from edge_export.checkpoint.digest import WeightsDigest, digest_of
 from edge_export.checkpoint.gguf_decoder import load_gguf_decoder
-from edge_export.checkpoint.gguf_file import GgufFile
+from edge_export.checkpoint.gguf_file import GgufFile, MetadataValue, gguf_architecture
+from edge_export.checkpoint.gguf_tokenizer import build_tokenizer
 from edge_export.checkpoint.hf_decoder import load_hf_decoder
+from edge_export.checkpoint.tokenizer import limit_vocabulary, load_tokenizer_files
+from edge_export.checkpoint.tokenizer_files import TokenizerFiles
 from edge_export.model.config import DecoderConfig, TensorSource
 from edge_export.model.tensors import parameter_count
 from edge_reasoner.errors import CheckpointError
 
 #: `model_type` or `general.architecture` of the encoders that the encoder loader takes
 ENCODER_TYPES = frozenset({"bert"})
+
+
+#: how llama.cpp names the parts of a file
+_SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
 class _ModelType(msgspec.Struct):
@@ -43,6 +52,17 @@ class DecoderCheckpoint:
     chat_template: str | None = None
     #: what the loader had to interpret or leave out; whole sentences
     warnings: tuple[str, ...] = ()
+    #: a GGUF file's, which hold its tokenizer
+    metadata: Mapping[str, MetadataValue] | None = field(default=None, repr=False)
+
+    @cached_property
+    def tokenizer(self) -> TokenizerFiles:
+        """The tokenizer, cut to the tokens that are embedded; read on first use. Raises CheckpointError."""
+        if self.metadata is None:
+            files = load_tokenizer_files(self.path)
+        else:
+            files = build_tokenizer(self.metadata, str(self.path))
+        return limit_vocabulary(files, self.config.vocab_size)
 
     @property
     def parameters(self) -> int:
@@ -73,6 +93,7 @@ def _load_gguf(path: Path) -> DecoderCheckpoint:
         weights_files=opened.weights_files,
         licence=_text(file, "general.license"),
         chat_template=_text(file, "tokenizer.chat_template"),
+        metadata=file.metadata,
     )
 
 
@@ -114,6 +135,11 @@ def find_model(path: Path) -> Path:
         if len(ggufs) == 1:
             return ggufs[0]
         names = ", ".join(file.name for file in ggufs[:8])
+        if ggufs and all(_SPLIT_NAME.search(file.name) for file in ggufs):
+            raise CheckpointError(
+                f"{path}: the directory holds a GGUF file in parts ({names}); join them with "
+                "`llama-gguf-split --merge` and give the result"
+            )
         found = (
             f"several GGUF files, name one: {names}" if ggufs else "neither a config.json nor a .gguf file"
         )
@@ -129,7 +155,7 @@ def detect(path: Path) -> Literal["decoder", "encoder"]:
     if model.is_dir():
         kind = files.read_json(model / "config.json", _ModelType).model_type
     else:
-        kind = _text(GgufFile(model), "general.architecture") or ""
+        kind = gguf_architecture(model)
     return "encoder" if kind in ENCODER_TYPES else "decoder"
 
 

@@ -10,7 +10,6 @@ from typing import Final
 from edge_export.checkpoint.bert import EncoderCheckpoint, load_encoder
 from edge_export.checkpoint.chat_template import check_chat_template_works
 from edge_export.checkpoint.load import DecoderCheckpoint, load_checkpoint
-from edge_export.checkpoint.tokenizer import limit_vocabulary, load_tokenizer_files
 from edge_export.checkpoint.tokenizer_files import TokenizerFiles
 from edge_export.stages.values import Found, Loaded, ModelKind, Run, extend
 
@@ -44,8 +43,7 @@ def load(run: Run, found: Found) -> Loaded:
 
 def _decoder(path: Path) -> _Opened:
     checkpoint = load_checkpoint(path)
-    tokenizer = limit_vocabulary(load_tokenizer_files(path), checkpoint.config.vocab_size)
-    return checkpoint, tokenizer, checkpoint.chat_template or tokenizer.chat_template
+    return checkpoint, checkpoint.tokenizer, checkpoint.chat_template or checkpoint.tokenizer.chat_template
 
 
 def _encoder(path: Path) -> _Opened:

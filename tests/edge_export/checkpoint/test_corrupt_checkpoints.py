@@ -139,11 +139,11 @@ def test_hostile_gguf_tensors(skip_bytes, size, value, message, good_gguf, tmp_p
 
 
 def test_a_big_claim_costs_nothing(tmp_path):
-    """A 100-byte file claiming 16 million strings is refused at the first missing one."""
+    """A 100-byte file claiming four million strings is refused at the first missing one."""
     key = b"tokenizer.ggml.tokens"
     header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key
     path = tmp_path / "claim.gguf"
-    path.write_bytes(header + struct.pack("<IIQ", 9, 8, 1 << 24) + bytes(80))
+    path.write_bytes(header + struct.pack("<IIQ", 9, 8, 1 << 22) + bytes(80))
     assert "truncated" in refuses(path)
 
 

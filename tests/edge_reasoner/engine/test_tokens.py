@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_tokenizers import TEXTS, byte_level, sentencepiece, wrap
+from tokenizers import Tokenizer, models
 
 from edge_reasoner.contract.bundle.tokenizer_files import TokenizerConfig, parse_tokenizer_config
 from edge_reasoner.engine.tokens import IncrementalDecoder, TextTokenizer
@@ -71,7 +72,7 @@ def test_streaming_keeps_up(text: str) -> None:
 def test_special_tokens_and_bos() -> None:
     """Special tokens are one id each, leave no text, and BOS starts a raw prompt where the config says so."""
     tokenizer = wrap(byte_level(), TokenizerConfig(add_bos=True, bos_token="<s>", eos_token="</s>"))
-    ids = tokenizer.encode_prompt("the<|im_end|>")
+    ids = [tokenizer.bos_id, *tokenizer.encode("the<|im_end|>")]
     assert ids[0] == tokenizer.token_id("<s>") and ids[-1] == tokenizer.token_id("<|im_end|>")
     assert tokenizer.decode(ids) == "the" and tokenizer.decode(ids, skip_special=False).startswith("<s>")
 
@@ -120,3 +121,19 @@ def test_lone_surrogates_are_refused() -> None:
     """Text that is not Unicode is refused with its position, before the Rust library sees it."""
     with pytest.raises(InputError, match="character 2"):
         _tokenizer("byte-level").encode("ab\ud800")
+
+
+@pytest.mark.parametrize("unknown", ["<no such token>", "\x00", "x" * 300])
+def test_an_odd_unknown_token_stays_in_the_error_tree(unknown: str) -> None:
+    """A definition whose unknown token is no token fails on use, as a BundleError of one line."""
+    raw = Tokenizer(models.WordLevel({"a": 0}, unk_token=unknown))
+    with pytest.raises(BundleError, match=r"tokenizer\.json: not a usable tokenizer") as caught:
+        wrap(raw).encode("b")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ids", [[-1], [1 << 40], [1 << 70]])
+def test_ids_that_are_none_stay_in_the_error_tree(ids: list[int]) -> None:
+    """What is no token id for the library is no traceback either."""
+    with pytest.raises(BundleError):
+        wrap(byte_level()).decode(ids)

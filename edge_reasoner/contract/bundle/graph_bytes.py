@@ -15,6 +15,7 @@ from pathlib import Path
 
 from edge_reasoner.contract.bundle.onnx_scan import scan_graph
 from edge_reasoner.contract.bundle.open import Bundle
+from edge_reasoner.contract.protobuf import fields
 from edge_reasoner.errors import BundleError
 
 #: operators that read single rows of the tables given to them
@@ -43,7 +44,7 @@ def graph_bytes(bundle: Bundle, graph: str) -> GraphBytes:
         ):
             locations = scan_graph(data, graph).locations
             streamed = sum(_streamed(data))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, BufferError) as error:
         raise BundleError(f"{graph}: cannot be read: {error}") from error
     folder = posixpath.dirname(graph)
     files = {graph, *(posixpath.normpath(posixpath.join(folder, name)) for name in locations)}
@@ -83,28 +84,6 @@ def _text(message: memoryview, number: int) -> str:
 
 def _messages(data: memoryview, wanted: int) -> Iterator[memoryview]:
     """Length-delimited fields of that number."""
-    position = 0
-    while position < len(data):
-        key, position = _varint(data, position)
-        kind = key & 7
-        if kind == 2:
-            length, position = _varint(data, position)
-            if key >> 3 == wanted:
-                yield data[position : position + length]
-            position += length
-        elif kind == 0:
-            _, position = _varint(data, position)
-        else:
-            position += 8 if kind == 1 else 4
-
-
-def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    value = 0
-    for offset in range(10):
-        if position + offset >= len(data):
-            break
-        byte = data[position + offset]
-        value |= (byte & 0x7F) << (7 * offset)
-        if byte < 0x80:
-            return value, position + offset + 1
-    raise ValueError("not a readable ONNX file")
+    for number, value in fields(data):
+        if number == wanted and isinstance(value, memoryview):
+            yield value

@@ -14,9 +14,10 @@ StringStringEntryProto key 1, value 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from edge_reasoner.contract.protobuf import ProtobufError, fields
 from edge_reasoner.errors import BundleError
 
 #: More nested graphs, fields or names than this are refused: no real model comes near.
@@ -62,13 +63,13 @@ def scan_graph(data: memoryview, where: str) -> GraphReferences:
     found = _Found()
     try:
         _visit("model", data, found, 0)
-    except _MalformedError as error:
+    except (_MalformedError, ProtobufError) as error:
         raise BundleError(f"{where}: not a readable ONNX file: {error}") from error
     return GraphReferences(tuple(sorted(found.locations)), tuple(sorted(found.op_types)))
 
 
 class _MalformedError(Exception):
-    """The bytes are not what the protobuf wire format allows."""
+    """A well-formed message that no ONNX file would hold."""
 
 
 def _visit(kind: str, data: memoryview, found: _Found, depth: int) -> None:
@@ -76,7 +77,12 @@ def _visit(kind: str, data: memoryview, found: _Found, depth: int) -> None:
         raise _MalformedError(f"messages nested more than {_MAX_DEPTH} deep")
     children, strings = _CHILDREN.get(kind, {}), _STRINGS.get(kind, frozenset())
     names: dict[int, str] = {}
-    for number, payload in _length_delimited_fields(data, found):
+    for number, payload in fields(data):
+        found.fields_left -= 1
+        if found.fields_left < 0:
+            raise _MalformedError(f"more than {_MAX_FIELDS} fields")
+        if isinstance(payload, int):
+            continue
         if number in children:
             _visit(children[number], payload, found, depth + 1)
         elif number in strings:
@@ -95,40 +101,3 @@ def _text(payload: memoryview) -> str:
         return bytes(payload).decode("utf-8")
     except UnicodeDecodeError as error:
         raise _MalformedError("a name is not UTF-8") from error
-
-
-def _length_delimited_fields(data: memoryview, found: _Found) -> Iterator[tuple[int, memoryview]]:
-    position, end = 0, len(data)
-    while position < end:
-        found.fields_left -= 1
-        if found.fields_left < 0:
-            raise _MalformedError(f"more than {_MAX_FIELDS} fields")
-        key, position = _varint(data, position)
-        number, wire_type = key >> 3, key & 7
-        if wire_type == 2:
-            length, position = _varint(data, position)
-            if length > end - position:
-                raise _MalformedError("truncated")
-            yield number, data[position : position + length]
-            position += length
-        elif wire_type == 0:
-            _, position = _varint(data, position)
-        elif wire_type in (1, 5):
-            position += 8 if wire_type == 1 else 4
-            if position > end:
-                raise _MalformedError("truncated")
-        else:
-            raise _MalformedError(f"wire type {wire_type}")
-
-
-def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if position >= len(data):
-            raise _MalformedError("truncated")
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-    raise _MalformedError("a number of more than 10 bytes")

@@ -9,7 +9,6 @@ after a special or user-defined token gets the dummy prefix again (SentencePiece
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,12 +18,11 @@ import numpy as np
 from edge_export.checkpoint.gguf_tokenizer import NORMAL, USER_DEFINED, build_tokenizer
 from edge_export.checkpoint.json_file import read_bounded
 from edge_export.checkpoint.tokenizer_files import MAX_VOCAB_TOKENS, TokenizerFiles
+from edge_reasoner.contract.protobuf import fields
 from edge_reasoner.errors import CheckpointError
 
 MAX_MODEL_BYTES: Final = 64 * 1024 * 1024
 _BPE: Final = 2
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_Fields = Iterator[tuple[int, int | bytes]]
 
 
 def tokenizer_from_sentencepiece(path: Path) -> TokenizerFiles:
@@ -74,17 +72,17 @@ class _Model:
 
 def _parse(data: bytes, where: str) -> _Model:
     pieces: list[_Piece] = []
-    trainer: dict[int, int | bytes] = {}
-    normalizer: dict[int, int | bytes] = {}
-    for number, value in _fields(data):
-        if number == 1 and isinstance(value, bytes):
+    trainer: dict[int, int | memoryview] = {}
+    normalizer: dict[int, int | memoryview] = {}
+    for number, value in fields(memoryview(data)):
+        if number == 1 and isinstance(value, memoryview):
             pieces.append(_piece(value))
             if len(pieces) > MAX_VOCAB_TOKENS:
                 raise CheckpointError(f"{where}: more than {MAX_VOCAB_TOKENS} tokens")
-        elif number == 2 and isinstance(value, bytes):
-            trainer = dict(_fields(value))
-        elif number == 3 and isinstance(value, bytes):
-            normalizer = dict(_fields(value))
+        elif number == 2 and isinstance(value, memoryview):
+            trainer = dict(fields(value))
+        elif number == 3 and isinstance(value, memoryview):
+            normalizer = dict(fields(value))
     return _Model(
         pieces=tuple(pieces),
         kind=_integer(trainer, 3, 1),
@@ -96,12 +94,12 @@ def _parse(data: bytes, where: str) -> _Model:
     )
 
 
-def _piece(data: bytes) -> _Piece:
+def _piece(data: memoryview) -> _Piece:
     text, score, kind = "", 0.0, NORMAL
-    for number, value in _fields(data):
-        if number == 1 and isinstance(value, bytes):
-            text = value.decode("utf-8")
-        elif number == 2 and isinstance(value, bytes):
+    for number, value in fields(data):
+        if number == 1 and isinstance(value, memoryview):
+            text = str(value, "utf-8")
+        elif number == 2 and isinstance(value, memoryview):
             score = struct.unpack("<f", value)[0]
         elif number == 3 and isinstance(value, int):
             kind = value
@@ -110,44 +108,9 @@ def _piece(data: bytes) -> _Piece:
     return _Piece(text, score, kind)
 
 
-def _integer(fields: dict[int, int | bytes], number: int, default: int) -> int:
+def _integer(fields: dict[int, int | memoryview], number: int, default: int) -> int:
     """A signed 32-bit integer field (a varint of 64 bits, two's complement)."""
     value = fields.get(number, default)
     if not isinstance(value, int):
         raise ValueError(f"field {number} is not a number")
     return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _fields(data: bytes) -> _Fields:
-    """The fields of one message: varints as int, everything else as its bytes."""
-    position = 0
-    while position < len(data):
-        key, position = _varint(data, position)
-        wire = key & 7
-        if wire == _VARINT:
-            value, position = _varint(data, position)
-            yield key >> 3, value
-            continue
-        if wire == _BYTES:
-            size, position = _varint(data, position)
-        elif wire in (_FIXED32, _FIXED64):
-            size = 4 if wire == _FIXED32 else 8
-        else:
-            raise ValueError(f"wire type {wire}")
-        if position + size > len(data):
-            raise ValueError("truncated")
-        yield key >> 3, data[position : position + size]
-        position += size
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    result = 0
-    for shift in range(0, 70, 7):
-        if position >= len(data):
-            raise ValueError("truncated")
-        byte = data[position]
-        position += 1
-        result |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return result, position
-    raise ValueError("a number of more than ten bytes")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edge_reasoner.contract.bundle.onnx_scan import scan_graph
 from edge_reasoner.contract.bundle.open import Bundle
-from edge_reasoner.contract.protobuf import fields
+from edge_reasoner.contract.bundle.protobuf import fields
 from edge_reasoner.errors import BundleError
 
 #: operators that read single rows of the tables given to them

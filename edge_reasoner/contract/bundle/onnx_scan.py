@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from edge_reasoner.contract.protobuf import ProtobufError, fields
+from edge_reasoner.contract.bundle.protobuf import ProtobufError, fields
 from edge_reasoner.errors import BundleError
 
 #: More nested graphs, fields or names than this are refused: no real model comes near.

@@ -18,7 +18,7 @@ import numpy as np
 from edge_export.checkpoint.gguf_tokenizer import NORMAL, USER_DEFINED, build_tokenizer
 from edge_export.checkpoint.json_file import read_bounded
 from edge_export.checkpoint.tokenizer_files import MAX_VOCAB_TOKENS, TokenizerFiles
-from edge_reasoner.contract.protobuf import fields
+from edge_reasoner.contract.bundle.protobuf import fields
 from edge_reasoner.errors import CheckpointError
 
 MAX_MODEL_BYTES: Final = 64 * 1024 * 1024

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_reasoner.contract.protobuf import ProtobufError, fields, read_varint
+from edge_reasoner.contract.bundle.protobuf import ProtobufError, fields, read_varint
 
 
 def varint(number: int) -> bytes:

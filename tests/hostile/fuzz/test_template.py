@@ -1,0 +1,61 @@
+"""Fuzzer of chat templates: rendered over every usual conversation, within the engine's bounds."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+
+import pytest
+from hostile.fuzz.mutate import FEW, MANY, check
+from support.tiny_checkpoints import TEMPLATE
+
+from edge_reasoner.contract.template.trial import try_template
+
+CHATML = """{%- if tools %}{{- tools | tojson(indent=2) }}{%- endif %}
+{%- set ns = namespace(found=false, text='') -%}
+{%- for message in messages -%}
+  {%- if loop.first and message['role'] != 'system' -%}{{ '<|im_start|>system\\nBe brief' }}{%- endif -%}
+  {%- set content = message.content -%}
+  {%- if content is not string -%}
+    {%- set content = content | map(attribute='text') | join(' ') -%}
+  {%- endif -%}
+  {{- '<|im_start|>' ~ message['role'] ~ '\\n' ~ (content | trim) ~ '<|im_end|>' ~ '\\n' * 1 -}}
+  {%- set ns.text = ns.text ~ content[:10] %}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+RULES = """{{ bos_token }}
+{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}
+{% macro turn(m, n=0) %}
+  {% if m %}{{ '[INST] %s [/INST]' % m.content }}{% else %}{{ turn(m, n + 1) }}{% endif %}
+{% endmacro %}
+{% for m in messages %}
+{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}
+{% generation %}{{ turn(m) }}{% endgeneration %}{% if loop.last %}{% break %}{% endif %}{% endfor %}
+{{ strftime_now('%Y-%m-%d') }}{{ [1, 2, 3] | sum }}{{ {'a': [1, 2.5, none]} | tojson }}{{ 2 ** 10 }}"""
+WORDS = (
+    *(b"{% for m in messages %}", b"{% endfor %}", b"{{ nobody(1e999) }}", b"1e999", b"range(1000000000)"),
+    *(b"loop", b"self", b"super()", b"messages", b"namespace()", b"{% macro f() %}", b"{% include x %}"),
+    *(b"|tojson", b"|join", b"|sort", b"|int", b"|float", b"* 1000000", b"** 99999", b"%*d", b".format"),
+    *(
+        b"__class__",
+        b"|attr('__globals__')",
+        b"strftime_now",
+        b"raise_exception",
+        b"{% set x = x %}",
+        b"caller()",
+    ),
+)
+
+
+def fuzz_template(data: bytes) -> None:
+    """As the exporter tries a template, and the device renders it."""
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    try_template(
+        data.decode("utf-8", "replace"), special_tokens=special, clock=time.monotonic, now=datetime.now
+    )
+
+
+@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+def test_fuzz(count: int) -> None:
+    """Only TemplateErrors, no hang, no growth."""
+    check(fuzz_template, [TEMPLATE.encode(), CHATML.encode(), RULES.encode()], count, words=WORDS)

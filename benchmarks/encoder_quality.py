@@ -22,7 +22,8 @@ import torch
 from edge_export.checkpoint.bert import load_encoder
 from edge_export.options import ExportOptions
 from edge_export.pipeline import PLANNING
-from edge_export.plan.encoder_formats import ENCODER_RECIPES
+from edge_export.plan.encoder import EncoderPlan
+from edge_export.plan.recipes import RECIPES
 from edge_export.progress import silent
 from edge_export.stages.lower import lower
 from edge_export.stages.store import store
@@ -78,7 +79,9 @@ def evaluate(
     lowered = lower_encoder(model, recipe, profile, folder)
     checkpoint, plan = lowered.encoder, lowered.plan.to_dict()
     data = folder / f"graphs/{lowered.role}.data"
-    golden = encoder_golden(checkpoint, data, of(StoredEncoder, lowered.stored), recipe)
+    golden = encoder_golden(
+        checkpoint, data, of(StoredEncoder, lowered.stored), of(EncoderPlan, lowered.plan).cosine_tolerance
+    )
     source_bytes = checkpoint.digest.size_bytes
     file_bytes = sum(file.stat().st_size for file in (folder / "graphs").iterdir())
     everything = [text for texts in sentences.values() for text in texts]
@@ -128,7 +131,7 @@ def main() -> None:
     sentences = read_sentences(options.data)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for recipe in ENCODER_RECIPES:
+        for recipe in RECIPES:
             rows += evaluate(options.model, recipe, profile, sentences, Path(folder) / recipe)
             for row in rows[-1:] if recipe.startswith("fp") else rows[-2:]:
                 print(

@@ -117,6 +117,8 @@ def probe_machine(
             ),
         ),
         runtimes=_runtimes(base, onnxruntime_version or installed_onnxruntime()),
+        # What was read here beats what the base's file says of its board.
+        cannot=tuple(limit for limit in base.cannot if features.isdisjoint(limit.features)),
     )
     if probed.export.threads > cores:
         probed = msgspec.structs.replace(probed, export=msgspec.structs.replace(probed.export, threads=cores))

@@ -18,7 +18,10 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
+from edge_export.options import MAX_THREADS, MIN_CONTEXT_TOKENS, TASKS, ExportOptions
+from edge_export.plan.recipes import DEFAULT_RECIPE, RECIPES
 from edge_export.progress import Progress
+from edge_export.quantize import DEFAULT_QUANTIZER, QUANTIZERS, quantizer_names
 from edge_reasoner._version import __version__
 from edge_reasoner.errors import EdgeReasonerError, InputError
 
@@ -38,32 +41,41 @@ _INTERRUPTED = 130
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Bundle directory; with several profiles, their parent."
 )
-@click.option(
-    "--task", type=click.Choice(["auto", "causal-lm", "encoder"]), default="auto", show_default=True
-)
+@click.option("--task", type=click.Choice(TASKS), default="auto", show_default=True)
 @click.option(
     "--recipe",
-    type=click.Choice(["auto", "fp32", "fp16", "int8", "int4", "mixed"]),
-    default="auto",
+    type=click.Choice(list(RECIPES)),
+    default=DEFAULT_RECIPE,
     show_default=True,
-    help="auto: 4 and 8 bits by sensitivity, so that small models keep their quality.",
+    help="; ".join(f"{row.name}: {row.summary}" for row in RECIPES.values()) + ".",
 )
 @click.option(
     "--format", "graph_format", type=click.Choice(["auto", "onnx"]), default="auto", show_default=True
 )
 @click.option(
     "--quantizer",
-    type=click.Choice(["gptq", "searched", "rtn"]),
-    default="gptq",
+    type=click.Choice(quantizer_names()),
+    default=DEFAULT_QUANTIZER,
     show_default=True,
-    help="How 4-bit codes are found; rtn is plain round-to-nearest.",
+    help="How codes are found. "
+    + "; ".join(f"{name}: {row.summary}" for name, row in QUANTIZERS.items())
+    + ".",
 )
-@click.option("--context-tokens", type=click.IntRange(16), help="KV cache size; default: the profile's.")
+@click.option(
+    "--context-tokens", type=click.IntRange(MIN_CONTEXT_TOKENS), help="KV cache size; default: the profile's."
+)
 @click.option("--calibration", type=click.Path(path_type=Path), help="Text (.txt, .jsonl) to calibrate on.")
 @click.option(
     "--eval", "quality_text", type=click.Path(path_type=Path), help="Held-out text for the quality figures."
 )
-@click.option("--preprocessor", metavar="MODEL", help="Sentence encoder to put beside the model (as int8).")
+@click.option("--preprocessor", metavar="MODEL", help="Sentence encoder to put beside the model.")
+@click.option(
+    "--preprocessor-recipe",
+    type=click.Choice(list(RECIPES)),
+    default=DEFAULT_RECIPE,
+    show_default=True,
+    help="As --recipe, for the preprocessor.",
+)
 @click.option(
     "--max-size", "max_size_mb", type=click.FloatRange(0, min_open=True), help="Largest bundle, MB."
 )
@@ -71,14 +83,16 @@ _INTERRUPTED = 130
     "--max-latency",
     "max_latency_ms",
     type=click.FloatRange(0, min_open=True),
-    help="Most predicted milliseconds for a decoded token.",
+    help="Most predicted milliseconds for a decoded token (encoder: for a text).",
 )
 @click.option(
     "--min-quality", type=click.FloatRange(0, 1), help="Least top-1 agreement (encoder: mean cosine)."
 )
 @click.option("--licence", help="The model's licence, where the checkpoint does not name it.")
 @click.option("--bundle-version", "version", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--threads", type=click.IntRange(1, 1024), help="Threads to export with; default: all cores.")
+@click.option(
+    "--threads", type=click.IntRange(1, MAX_THREADS), help="Threads to export with; default: all cores."
+)
 @click.option(
     "--cache",
     metavar="DIR|off",
@@ -114,14 +128,13 @@ def _export_all(
 ) -> Iterator[Any]:  # fmt: skip
     # Spinning worker threads make a busy machine several times slower; read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    count = threads or os.cpu_count() or 1
+    options = ExportOptions(threads=count, **chosen)
     import torch
 
-    from edge_export.options import ExportOptions
     from edge_export.pipeline import export
 
-    count = threads or os.cpu_count() or 1
     torch.set_num_threads(count)
-    options = ExportOptions(threads=count, **chosen)
     for board in boards:
         target = _target(model, board.name, out, len(boards))
         if len(boards) > 1 and not options.dry_run:
@@ -190,6 +203,8 @@ def _print_report(report: Any) -> None:
     for name, value in facts.items():
         table.add_row(name, str(value))
     console.print(table)
+    for note in report.plan.get("notes", ()):
+        click.echo(f"note: {note}", err=True)
     for warning in report.warnings:
         click.echo(f"warning: {_in_flags(warning)}", err=True)
     if report.bundle is None:

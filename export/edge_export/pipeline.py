@@ -82,7 +82,8 @@ def _jobs(model: str, board: DeviceProfile, options: ExportOptions) -> tuple[Job
     if options.preprocessor is not None:
         own = ExportOptions(
             task="encoder",
-            recipe="int8",
+            recipe=options.preprocessor_recipe,
+            calibration=options.calibration,
             quality_text=options.quality_text,
             version=options.version,
             threads=options.threads,

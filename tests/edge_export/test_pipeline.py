@@ -338,7 +338,7 @@ def test_too_large_a_model_is_refused_before_its_weights_are_read(tmp_path):
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
     save_checkpoint(model, tmp_path / "model")
-    for recipe in ("auto", "int4", "fp32"):
+    for recipe in ("auto", "int4", "int8"):
         with pytest.raises(TargetError, match=r"too large for 'raspberry-pi-zero-2w': about 2.* MB at run"):
             export(
                 str(tmp_path / "model"),
@@ -400,17 +400,3 @@ def test_licence_and_its_absence(model, tmp_path):
     assert open_bundle(tmp_path / "a").component("reasoner").licence == "unknown"
     report = export(str(model), BOARD, tmp_path / "b", options(recipe="fp32", licence="apache-2.0"))
     assert report.warnings == () and open_bundle(tmp_path / "b").component("reasoner").licence == "apache-2.0"
-
-
-@pytest.mark.parametrize(
-    ("chosen", "message"),
-    [
-        ({"recipe": "int3"}, "--recipe 'int3': allowed: auto, fp32"),
-        ({"quantizer": "awq"}, "--quantizer 'awq': allowed: gptq, searched, rtn"),
-        ({"version": 0}, "--bundle-version 0: allowed: 1 or more"),
-    ],
-)
-def test_options_that_do_not_exist(chosen, message):
-    """Values outside the allowed ones are named with them."""
-    with pytest.raises(InputError, match=message):
-        ExportOptions(**chosen)

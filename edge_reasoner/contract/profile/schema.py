@@ -195,7 +195,8 @@ class Runtime(Record, frozen=True, kw_only=True):
 
 
 class Precision(Record, frozen=True, kw_only=True):
-    """Weight precisions that run well for a task on one processor (`cpu` or an accelerator's name)."""
+    """Weight precisions that run for a task on one processor (`cpu` or an accelerator's name); the exporter
+    refuses others. `fp16` on a CPU is storage: half the bytes on disk, widened at load."""
 
     task: TaskName
     processor: Text
@@ -203,11 +204,45 @@ class Precision(Record, frozen=True, kw_only=True):
 
 
 class Limit(Record, frozen=True, kw_only=True):
-    """Something the board cannot do, why, and what works instead."""
+    """Something the board cannot do, why, and what works instead.
+
+    `what` completes "the board cannot …". A row with conditions is enforced: the exporter refuses a model
+    that meets all of them. A row without any informs people.
+    """
 
     what: Text
     why: Text
     instead: Text
+    #: models of this kind
+    task: TaskName | None = None
+    #: on `cpu` or on the accelerator of that name
+    processor: Text | None = None
+    #: under this runtime
+    backend: BackendName | None = None
+    #: with more weights than this
+    parameters_above: Annotated[int, Meta(ge=0, le=1 << 53)] | None = None
+    #: with one of these operators in the graph
+    operators: Texts = ()
+    #: kernels of these CPU features: no cluster of the profile may claim one
+    features: Annotated[tuple[str, ...], Meta(max_length=64)] = ()
+
+    def about(self, task: TaskName, processor: str) -> bool:
+        """Whether the row says that such models do not run on that processor."""
+        return self.processor == processor and self.task in (None, task) and self.parameters_above is None
+
+    def forbids(
+        self, task: TaskName, processor: str, backend: BackendName, operators: frozenset[str], parameters: int
+    ) -> bool:
+        """Whether a model with these properties meets every condition, and there is one."""
+        conditions = (
+            (self.task, self.task == task),
+            (self.processor, self.processor == processor),
+            (self.backend, self.backend == backend),
+            (self.parameters_above, self.parameters_above is not None and parameters > self.parameters_above),
+            (self.operators or None, not operators.isdisjoint(self.operators)),
+        )
+        met = [holds for wanted, holds in conditions if wanted is not None]
+        return bool(met) and all(met)
 
 
 class ExportDefaults(Record, frozen=True, kw_only=True):
@@ -272,11 +307,6 @@ class DeviceProfile(Record, frozen=True, kw_only=True):
         return next((r for r in self.runtimes if r.backend == backend), None)
 
     @property
-    def newest_onnxruntime(self) -> str:
-        """Newest onnxruntime for the board's OS. Raises ProfileError where there is none."""
-        return self._onnxruntime().newest_version
-
-    @property
     def max_opset(self) -> int:
         """Newest ONNX opset the exporter writes for this board. Raises ProfileError without onnxruntime."""
         opset = self._onnxruntime().export_opset
@@ -291,16 +321,10 @@ class DeviceProfile(Record, frozen=True, kw_only=True):
         ops = self._onnxruntime().contrib_ops
         return None if ops is None else frozenset(ops)
 
-    @property
-    def execution_providers(self) -> tuple[str, ...]:
-        """onnxruntime's execution providers on this board, preferred first (full names)."""
-        return self._onnxruntime().execution_providers
-
-    def supports(self, task: TaskName, weights: WeightPrecision, processor: str = "cpu") -> bool:
-        """Whether weights of that precision run for the task on `cpu` or the named accelerator."""
-        return any(
-            p.task == task and p.processor == processor and weights in p.weights for p in self.precisions
-        )
+    def weights_for(self, task: TaskName, processor: str = "cpu") -> frozenset[WeightPrecision]:
+        """Precisions of weights that run for the task on `cpu` or the named accelerator."""
+        rows = (p.weights for p in self.precisions if p.task == task and p.processor == processor)
+        return frozenset(weights for row in rows for weights in row)
 
     def accelerator(self, name: str) -> Accelerator | None:
         """The accelerator of that name, or None."""
@@ -339,6 +363,9 @@ class DeviceProfile(Record, frozen=True, kw_only=True):
         processors = {"cpu", *(a.name for a in self.accelerators)}
         for index, precision in enumerate(self.precisions):
             _member(where, f"precisions[{index}].processor", precision.processor, processors)
+            _check_precision(f"{where}: precisions[{index}]", precision, self)
+        for index, limit in enumerate(self.cannot):
+            _check_limit(f"{where}: cannot[{index}]", limit, self, processors)
         for index, runtime in enumerate(self.runtimes):
             _check_opsets(f"{where}: runtimes[{index}]", runtime)
         return self
@@ -360,6 +387,33 @@ def allowed_values(field: str) -> tuple[object, ...]:
         "int8_block_size": BlockSize,
     }
     return get_args(closed[field]) if field in closed else ()
+
+
+def _check_precision(where: str, precision: Precision, profile: DeviceProfile) -> None:
+    """An accelerator runs what its own row says, and no decoder where that says so."""
+    accelerator = profile.accelerator(precision.processor)
+    if accelerator is None:
+        return
+    if precision.task == "causal-lm" and not accelerator.runs_decoder_lm:
+        raise ProfileError(f"{where}: causal-lm on {accelerator.name!r}, whose runs_decoder_lm is false")
+    for weights in precision.weights:
+        if weights != "mixed":
+            _member(where, "weights", weights, set(accelerator.precisions))
+
+
+def _check_limit(where: str, limit: Limit, profile: DeviceProfile, processors: set[str]) -> None:
+    """What a row rules out must not be claimed elsewhere in the profile."""
+    if limit.processor is not None:
+        _member(where, "processor", limit.processor, processors)
+    for cluster in profile.clusters:
+        if claimed := sorted(set(cluster.isa) & set(limit.features)):
+            raise ProfileError(f"{where}: features: {claimed[0]!r} is in a cluster's isa")
+    unconditional = limit.backend is None and limit.parameters_above is None and not limit.operators
+    named = limit.task is not None and limit.processor is not None and unconditional
+    if named and any((p.task, p.processor) == (limit.task, limit.processor) for p in profile.precisions):
+        raise ProfileError(
+            f"{where}: rules out {limit.task} on {limit.processor!r}, which [[precisions]] allows"
+        )
 
 
 def _check_opsets(where: str, runtime: Runtime) -> None:

@@ -20,10 +20,10 @@ from edge_export.lower.graph import MICROSOFT, GraphWriter
 from edge_export.lower.weights import WeightReader, ir_float
 from edge_export.model.config import DecoderConfig, LayerConfig, Rope
 from edge_export.model.rope import rope_tables
+from edge_export.quantize.formats import FloatType
 from edge_export.storage.external_data import ExternalData
 from edge_export.storage.matrices import (
     DenseMatrix,
-    FloatType,
     StoredMatrix,
     store_dense,
 )

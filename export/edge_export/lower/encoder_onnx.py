@@ -18,12 +18,7 @@ import onnx_ir as ir
 from edge_export.lower.graph import MICROSOFT, GraphWriter
 from edge_export.lower.weights import WeightReader
 from edge_export.model.config import EncoderConfig
-from edge_export.storage.matrices import BlockMatrix, DenseMatrix, StoredMatrix
-
-#: `com.microsoft` operators beside those that read the weights.
-_FUSED_OPS = frozenset({"BiasGelu", "MultiHeadAttention", "SkipLayerNormalization"})
-_BLOCK_OPS = frozenset({"GatherBlockQuantized", "MatMulNBits"})
-_FLOAT_OPS = frozenset({"FusedMatMul"})
+from edge_export.storage.matrices import DenseMatrix, StoredMatrix
 
 
 @dataclass(frozen=True)
@@ -35,13 +30,8 @@ class EncoderGraphOptions:
     accuracy_level: int
 
 
-#: Stored weights by the names of `edge_export.plan.encoder_formats.encoder_weights`.
+#: Stored weights by the names of `edge_export.plan.encoder.encoder_weights`.
 EncoderWeights = Mapping[str, StoredMatrix]
-
-
-def encoder_contrib_ops(block_quantized: bool) -> frozenset[str]:
-    """The `com.microsoft` operators that an encoder's graph consists of: known before any work is done."""
-    return _FUSED_OPS | (_BLOCK_OPS if block_quantized else _FLOAT_OPS)
 
 
 def write_encoder_graph(
@@ -105,17 +95,8 @@ class _EncoderLowering:
         positions = graph.node("Slice", [positions, zero, count, axis], "positions")
         kinds = graph.node("Gather", [self._vector("embed.token_type.weight"), types], "token_types", axis=0)
         skip = graph.node("Add", [kinds, positions], "token_types_at_positions")
-        return self._norm([self._words(ids), skip, None], "embed.norm")
-
-    def _words(self, ids: ir.Value) -> ir.Value:
-        stored = self._weights["embed.word.weight"]
-        words = self._read.gather_rows(ids, "embed.word", "words", stored)
-        if isinstance(stored, BlockMatrix) and stored.blocks * stored.format.block_size != stored.columns:
-            # A gathered row has whole blocks; what pads the last one goes.
-            bounds = [self._ints(f"word_{name}", n) for name, n in
-                      (("from", 0), ("to", stored.columns), ("axis", 2))]  # fmt: skip
-            words = self._graph.node("Slice", [words, *bounds], "words_unpadded")
-        return words
+        words = self._read.gather_rows(ids, "embed.word", "words", self._weights["embed.word.weight"])
+        return self._norm([words, skip, None], "embed.norm")
 
     def _layer(self, at: str, hidden: ir.Value, key_mask: ir.Value) -> ir.Value:
         graph = self._graph

@@ -6,7 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_export.lower.graph import MICROSOFT, GraphWriter
-from edge_export.storage.matrices import BlockMatrix, DenseMatrix, FloatType, StoredMatrix
+from edge_export.quantize.formats import FloatType
+from edge_export.storage.matrices import BlockMatrix, DenseMatrix, StoredMatrix
 
 _IR_FLOAT = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
@@ -127,10 +128,28 @@ class Encoder(nn.Module):
         `token_ids` int64 [B, T], special tokens included, T ≤ context_tokens, padded on the right;
         `attention_mask` [B, T] of any numeric type or bool: 1 for tokens, 0 for padding.
         """
-        hidden = self.hidden_states(token_ids, attention_mask)
+        return self.pooled(self.hidden_states(token_ids, attention_mask), attention_mask)
+
+    def pooled(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """L2-normalized embeddings float32 [B, hidden] of last hidden states [B, T, hidden]."""
         if self.config.pooling == "cls":
             pooled = hidden[:, 0]
         else:
             weight = attention_mask.to(hidden.dtype)[:, :, None]
             pooled = (hidden * weight).sum(1) / weight.sum(1).clamp(min=_MIN_TOKENS)
         return F.normalize(pooled, dim=-1)
+
+
+def padded_batches(
+    token_ids: Sequence[Sequence[int]], batch: int = 16
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Token id lists in groups of like length: their indices, ids int64 [B, T], mask int64 [B, T]."""
+    order = sorted(range(len(token_ids)), key=lambda index: len(token_ids[index]))
+    for start in range(0, len(order), batch):
+        group = order[start : start + batch]
+        width = max(len(token_ids[index]) for index in group)
+        ids, mask = torch.zeros(2, len(group), width, dtype=torch.int64)
+        for row, index in enumerate(group):
+            ids[row, : len(token_ids[index])] = torch.tensor(token_ids[index], dtype=torch.int64)
+            mask[row, : len(token_ids[index])] = 1
+        yield group, ids, mask

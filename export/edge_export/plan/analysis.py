@@ -25,7 +25,8 @@ from edge_export.model.layer import LayerTrace, layer_forward, rms_norm, soft_ca
 from edge_export.model.stream import DEFAULT_CHUNK_ROWS, LayerVisit, head_name, layer_weights, stream_hidden
 from edge_export.plan.units import LAYER_UNITS
 from edge_export.progress import Progress
-from edge_export.quantize import BlockFormat, InputStatistics, Quantizer
+from edge_export.quantize.base import InputStatistics, Quantizer
+from edge_export.quantize.formats import BlockFormat
 from edge_export.quantize.statistics import second_moments
 
 #: unit name → mean square of each of its inputs, float32 [columns]
@@ -189,9 +190,9 @@ def _layer_losses(
     layer = config.layers[index]
     changed: dict[str, dict[str, torch.Tensor]] = {}
     for kind, parts in LAYER_UNITS:
-        worth = InputStatistics(importance[f"layers.{index}.{kind}"])
+        inputs_of = InputStatistics(importance[f"layers.{index}.{kind}"])
         changed[kind] = {
-            f"{part}.weight": quantizer.quantize(weights[f"{part}.weight"], fmt, worth).dequantize()
+            f"{part}.weight": quantizer.quantize(weights[f"{part}.weight"], fmt, inputs_of).dequantize()
             for part in parts
         }
     losses = dict.fromkeys(changed, 0.0)

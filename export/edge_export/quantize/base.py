@@ -7,39 +7,13 @@ densest one: blocks along the input dimension, unsigned integers, low nibble fir
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-Bits = Literal[4, 8]
-
-
-@dataclass(frozen=True)
-class BlockFormat:
-    """How a matrix is stored: `bits` per weight, one float32 scale per `block_size` inputs of a row."""
-
-    bits: Bits
-    block_size: int
-    symmetric: bool
-
-    def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise ValueError(f"bits: {self.bits}; allowed: 4, 8")
-        if self.block_size < 16 or self.block_size & (self.block_size - 1):
-            raise ValueError(f"block_size: {self.block_size}; allowed: powers of two from 16")
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight, scales and zero points included."""
-        zero_point_bits = 0 if self.symmetric else self.bits
-        return self.bits + (32 + zero_point_bits) / self.block_size
-
-    @property
-    def label(self) -> str:
-        """Short name, e.g. `int4-b32-asym`."""
-        return f"int{self.bits}-b{self.block_size}-{'sym' if self.symmetric else 'asym'}"
+from edge_export.quantize.formats import BlockFormat
 
 
 @dataclass(frozen=True)
@@ -92,10 +66,6 @@ class InputStatistics:
 
 class Quantizer(Protocol):
     """Turns a float32 matrix [rows, columns] into stored data."""
-
-    @property
-    def name(self) -> str:
-        """What plans call it."""
 
     def quantize(
         self, weight: torch.Tensor, fmt: BlockFormat, inputs: InputStatistics | None = None

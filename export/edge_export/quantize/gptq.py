@@ -6,11 +6,12 @@ earlier columns have left them. Rows are independent, so a large vocabulary matr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from edge_export.quantize.base import BlockFormat, BlockQuantized, InputStatistics, pack_blocks, to_blocks
+from edge_export.quantize.base import BlockQuantized, InputStatistics, pack_blocks, to_blocks
+from edge_export.quantize.formats import BlockFormat
 from edge_export.quantize.rtn import SearchedScale
 
 _ROW_SLICE = 16_384
@@ -20,10 +21,9 @@ _ROW_SLICE = 16_384
 class Gptq:
     """GPTQ with a searched scale. Without input correlations it is `SearchedScale`."""
 
-    search: SearchedScale
+    search: SearchedScale = field(default_factory=SearchedScale)
     #: share of the mean diagonal that is added to the Hessian's diagonal
     damping: float = 0.02
-    name: str = "gptq"
 
     def quantize(
         self, weight: torch.Tensor, fmt: BlockFormat, inputs: InputStatistics | None = None
@@ -32,9 +32,9 @@ class Gptq:
         if inputs is None or inputs.correlation is None:
             return self.search.quantize(weight, fmt, inputs)
         factors = [self._inverse_factor(part) for part in inputs.correlation]
-        worth = inputs.mean_square
+        importance = inputs.mean_square
         slices = [
-            self._slice(weight[start : start + _ROW_SLICE], fmt, factors, worth)
+            self._slice(weight[start : start + _ROW_SLICE], fmt, factors, importance)
             for start in range(0, weight.shape[0], _ROW_SLICE)
         ]
         codes = torch.cat([codes for codes, _, _ in slices])
@@ -53,7 +53,7 @@ class Gptq:
         return factor.to(torch.float32)
 
     def _slice(
-        self, weight: torch.Tensor, fmt: BlockFormat, factors: list[torch.Tensor], worth: torch.Tensor
+        self, weight: torch.Tensor, fmt: BlockFormat, factors: list[torch.Tensor], importance: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes uint8 [rows, blocks, block_size], scales and zero points [rows, blocks]."""
         rows, columns = weight.shape
@@ -73,7 +73,7 @@ class Gptq:
                 grid = self.search.grid(
                     to_blocks(work[start:stop].T, fmt.block_size),
                     fmt,
-                    to_blocks(worth[None, first + start : first + stop], fmt.block_size),
+                    to_blocks(importance[None, first + start : first + stop], fmt.block_size),
                 )
                 scale, zero = grid[0][:, 0], middle if grid[1] is None else grid[1][:, 0]
                 scales[:, block] = scale

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from edge_export.quantize.base import BlockFormat, BlockQuantized, InputStatistics, pack_blocks, to_blocks
+from edge_export.quantize.base import BlockQuantized, InputStatistics, pack_blocks, to_blocks
+from edge_export.quantize.formats import BlockFormat
 
 
 class RoundToNearest:
@@ -14,8 +15,6 @@ class RoundToNearest:
     Q4_0 and onnxruntime's default (it uses all 2^bits codes; max/7.5-style rules do not). Asymmetric: scale
     from max − min with an integer zero point.
     """
-
-    name = "rtn"
 
     def quantize(
         self, weight: torch.Tensor, fmt: BlockFormat, inputs: InputStatistics | None = None
@@ -34,8 +33,6 @@ class SearchedScale:
     onnxruntime's `k_quant`; the candidates are a fixed grid, so the result is deterministic.
     """
 
-    name = "searched"
-
     def __init__(self, candidates: int = 11, spread: float = 0.18) -> None:
         self._factors = [1.0 + spread * (2.0 * i / (candidates - 1) - 1.0) for i in range(candidates)]
 
@@ -44,30 +41,30 @@ class SearchedScale:
     ) -> BlockQuantized:
         """Quantizes [rows, columns], weighing columns by `inputs.mean_square`, or all alike."""
         blocks = to_blocks(weight, fmt.block_size)
-        worth = torch.ones(1, *blocks.shape[1:])
+        importance = torch.ones(1, *blocks.shape[1:])
         if inputs is not None:
-            worth = to_blocks(inputs.mean_square.reshape(1, -1), fmt.block_size)
-        scales, zeros = self.grid(blocks, fmt, worth)
+            importance = to_blocks(inputs.mean_square.reshape(1, -1), fmt.block_size)
+        scales, zeros = self.grid(blocks, fmt, importance)
         return _finish(blocks, scales, zeros, fmt, weight.shape[1])
 
     def grid(
-        self, blocks: torch.Tensor, fmt: BlockFormat, worth: torch.Tensor
+        self, blocks: torch.Tensor, fmt: BlockFormat, importance: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Best scales and zero points [rows, blocks] for weights [rows, blocks, block_size].
 
-        `worth` [1, blocks, block_size] weighs the columns.
+        `importance` [1, blocks, block_size] weighs the columns.
         """
-        worth = worth / worth.mean().clamp_min(1e-30) + 1e-3
+        importance = importance / importance.mean().clamp_min(1e-30) + 1e-3
         best_scales, best_zeros = initial_grid(blocks, fmt)
-        best_error = _error(blocks, best_scales, best_zeros, fmt, worth)
+        best_error = _error(blocks, best_scales, best_zeros, fmt, importance)
         base_scales, low = best_scales, blocks.amin(-1)
         for factor in self._factors:
             scales = base_scales * factor
             zeros = best_zeros
             if not fmt.symmetric:
                 zeros = (-low / scales).round().clamp(0, 2**fmt.bits - 1)
-            scales = _refit(blocks, scales, zeros, fmt, worth)
-            error = _error(blocks, scales, zeros, fmt, worth)
+            scales = _refit(blocks, scales, zeros, fmt, importance)
+            error = _error(blocks, scales, zeros, fmt, importance)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scales = torch.where(better, scales, best_scales)
@@ -107,10 +104,10 @@ def _error(
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
     fmt: BlockFormat,
-    worth: torch.Tensor,
+    importance: torch.Tensor,
 ) -> torch.Tensor:
     back = _centred(_codes(blocks, scales, zeros, fmt), zeros, fmt) * scales.unsqueeze(-1)
-    return ((back - blocks).square_() * worth).sum(-1)
+    return ((back - blocks).square_() * importance).sum(-1)
 
 
 def _refit(
@@ -118,12 +115,12 @@ def _refit(
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
     fmt: BlockFormat,
-    worth: torch.Tensor,
+    importance: torch.Tensor,
 ) -> torch.Tensor:
     """The least-squares scale for the codes that `scales` gives."""
     q = _centred(_codes(blocks, scales, zeros, fmt), zeros, fmt)
-    bottom = (q.square() * worth).sum(-1)
-    fitted = (q * blocks * worth).sum(-1) / bottom.clamp_min(1e-30)
+    bottom = (q.square() * importance).sum(-1)
+    fitted = (q * blocks * importance).sum(-1) / bottom.clamp_min(1e-30)
     return torch.where((bottom == 0) | (fitted == 0), scales, fitted)
 
 

@@ -6,19 +6,17 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
+import torch
 from tokenizers import Tokenizer
 
 from edge_export.data.texts import TextSet, calibration_text, probe_text, read_text_set, to_token_batches
-from edge_export.lower.encoder_onnx import encoder_contrib_ops
 from edge_export.options import ExportOptions
-from edge_export.plan.encoder_formats import encoder_formats
-from edge_export.plan.plan import check_decoder, plan_decoder
-from edge_export.quantize import BlockFormat
-from edge_export.stages.costs import decoder_cost
+from edge_export.plan.encoder import encoder_target, needs_analysis, smallest_encoder_plan
+from edge_export.plan.encoder_analysis import analysis_tokens
+from edge_export.plan.plan import check_decoder, smallest_plan
+from edge_export.stages.costs import decoder_cost, encoder_cost
 from edge_export.stages.values import Checked, Loaded, ModelKind, Run, Texts, extend
-from edge_reasoner.contract.profile import DeviceProfile
 from edge_reasoner.contract.profile.cost import require_fit
-from edge_reasoner.errors import TargetError
 
 #: Calibration work grows with both: a larger model needs fewer tokens to show which inputs matter.
 _CALIBRATION_WORK: Final = 6e11
@@ -26,8 +24,8 @@ _MAX_CALIBRATION_TOKENS, _MIN_CALIBRATION_TOKENS = 2048, 384
 _MAX_QUALITY_TOKENS: Final = 1024
 _SEQUENCE_TOKENS: Final = 512
 _MAX_SENTENCES: Final = 256
-#: `Shape` with bounds
-_ENCODER_OPSET: Final = 15
+#: of a sentence that an encoder is calibrated on
+_MAX_SENTENCE_TOKENS: Final = 96
 
 
 def check(run: Run, loaded: Loaded) -> Checked:
@@ -38,44 +36,49 @@ def check(run: Run, loaded: Loaded) -> Checked:
 
 def _decoder(loaded: Loaded) -> tuple[int, Texts]:
     config, board, recipe = loaded.decoder.config, loaded.board, loaded.options.recipe
-    context = check_decoder(config, board, recipe, loaded.options.context_tokens)  # type: ignore[arg-type]
-    smallest = "int4" if recipe == "auto" else recipe
-    plan = plan_decoder(config, board, smallest, context, None, None)  # type: ignore[arg-type]
-    require_fit(decoder_cost(config, plan), board)
+    context = check_decoder(config, board, recipe, loaded.options.context_tokens)
+    require_fit(decoder_cost(config, smallest_plan(config, board, recipe, context)), board)
     return context, _token_texts(loaded)
 
 
 def _encoder(loaded: Loaded) -> tuple[int, Texts]:
+    config, options = loaded.encoder.config, loaded.options
+    smallest = smallest_encoder_plan(config, loaded.board, options.recipe)
+    require_fit(encoder_cost(config, smallest), loaded.board, chunk_tokens=config.context_tokens)
+    sentences = tuple(_lines(_quality_text(options))[:_MAX_SENTENCES])
+    if not needs_analysis(encoder_target(config, loaded.board, options.recipe).recipe):
+        return config.context_tokens, Texts(sentences=sentences)
+    calibration = _calibration_text(options)
+    return config.context_tokens, Texts(_sentence_ids(loaded, calibration), calibration.sha256, (), sentences)
+
+
+def _sentence_ids(loaded: Loaded, text: TextSet) -> tuple[torch.Tensor, ...]:
+    """Token ids of sentences from all over the text, as many as an analysis reads."""
     config = loaded.encoder.config
-    formats = encoder_formats(config, encoder_recipe(loaded.options.recipe))
-    quantized = any(isinstance(fmt, BlockFormat) for fmt in formats.matrices.values())
-    _require_operators(encoder_contrib_ops(quantized), loaded.board)
-    lines = [line.strip() for text in _quality_text(loaded.options).documents for line in text.splitlines()]
-    return config.context_tokens, Texts(sentences=tuple(filter(None, lines))[:_MAX_SENTENCES])
+    tokenizer = Tokenizer.from_str(loaded.tokenizer.tokenizer_json.decode("utf-8"))
+    tokenizer.enable_truncation(min(_MAX_SENTENCE_TOKENS, config.context_tokens))
+    lines = _lines(text)
+    chosen = lines[:: max(1, len(lines) // _MAX_SENTENCES)][:_MAX_SENTENCES]
+    ids: list[torch.Tensor] = []
+    left = analysis_tokens(config)
+    for encoding in tokenizer.encode_batch(chosen):
+        if left <= 0:
+            break
+        left -= len(encoding.ids)
+        ids.append(torch.tensor(encoding.ids, dtype=torch.int64))
+    return tuple(ids)
 
 
-def encoder_recipe(recipe: str) -> str:
-    """`auto` for an encoder."""
-    return "int8" if recipe == "auto" else recipe
-
-
-def _require_operators(needed: frozenset[str], board: DeviceProfile) -> None:
-    allowed = board.allowed_ops
-    if allowed is not None and (lacking := sorted(needed - allowed)):
-        raise TargetError(
-            f"profile {board.name!r}: its onnxruntime lacks {', '.join(lacking)}, which an encoder needs"
-        )
-    if board.max_opset < _ENCODER_OPSET:
-        raise TargetError(
-            f"profile {board.name!r}: export_opset {board.max_opset}; an encoder needs {_ENCODER_OPSET}"
-        )
+def _lines(text: TextSet) -> list[str]:
+    lines = (line.strip() for document in text.documents for line in document.splitlines())
+    return [line for line in lines if line]
 
 
 def _token_texts(loaded: Loaded) -> Texts:
     checkpoint, files, options = loaded.decoder, loaded.tokenizer, loaded.options
     tokenizer = Tokenizer.from_str(files.tokenizer_json.decode("utf-8"))
     prefix = [files.bos_token_id] if files.add_bos and files.bos_token_id is not None else []
-    calibration = calibration_text() if options.calibration is None else read_text_set(options.calibration)
+    calibration = _calibration_text(options)
     quality = _quality_text(options)
     budget = int(_CALIBRATION_WORK / checkpoint.parameters)
     limit = checkpoint.config.context_tokens
@@ -95,6 +98,10 @@ def _token_texts(loaded: Loaded) -> Texts:
         sequence_tokens=max(2, min(_SEQUENCE_TOKENS, limit, context)),
     )
     return Texts(batches, calibration.sha256, checks)
+
+
+def _calibration_text(options: ExportOptions) -> TextSet:
+    return calibration_text() if options.calibration is None else read_text_set(options.calibration)
 
 
 def _quality_text(options: ExportOptions) -> TextSet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from edge_export.model.config import DecoderConfig, EncoderConfig
+from edge_export.plan.encoder import EncoderPlan
 from edge_export.plan.plan import ExportPlan
 from edge_reasoner.contract.bundle.manifest import Predicted
 from edge_reasoner.contract.profile import DeviceProfile
@@ -20,7 +21,7 @@ def decoder_cost(config: DecoderConfig, plan: ExportPlan) -> GraphCost:
     """A decoder's plan."""
     layer_parameters = sum(u.unit.parameters for u in plan.units if u.unit.layer is not None)
     gathered = sum(plan.unit_bytes(u) for u in plan.units if u.unit.kind == "embed")
-    width = 2 if plan.compute == "float16" else 4
+    width = 2 if plan.kv_dtype == "float16" else 4
     quantized = any(u.format is not None for u in plan.units)
     return GraphCost(
         total_weight_bytes=plan.weight_bytes,
@@ -35,8 +36,10 @@ def decoder_cost(config: DecoderConfig, plan: ExportPlan) -> GraphCost:
     )
 
 
-def encoder_cost(config: EncoderConfig, recipe: str, weight_bytes: int, word_bytes: int) -> GraphCost:
-    """An encoder's plan: bytes of all its weights, and of the word embeddings among them."""
+def encoder_cost(config: EncoderConfig, plan: EncoderPlan) -> GraphCost:
+    """An encoder's plan."""
+    weight_bytes = plan.weight_bytes
+    word_bytes = next(weight.size_bytes for weight in plan.weights if weight.name == "embed.word.weight")
     hidden, ffn, layers = config.hidden_size, config.ffn_width, config.num_layers
     streamed = weight_bytes - word_bytes
     # The widest moment of a layer: the feed-forward's input and its values before and after GELU, or the
@@ -49,9 +52,9 @@ def encoder_cost(config: EncoderConfig, recipe: str, weight_bytes: int, word_byt
         attention_macs_per_pair=layers * 2 * hidden,
         context_tokens=config.context_tokens,
         activation_bytes_per_token=4 * widest,
-        arithmetic="float32" if recipe in ("fp32", "fp16") else "int8",
+        arithmetic="int8" if plan.quantized else "float32",
         # The file stays mapped; matrices are kept a second time as the kernels want them.
-        prepack_ratio=_FLOAT16_RESIDENT_RATIO if recipe == "fp16" else 1 + streamed / weight_bytes,
+        prepack_ratio=_FLOAT16_RESIDENT_RATIO if plan.widened else 1 + streamed / weight_bytes,
     )
 
 

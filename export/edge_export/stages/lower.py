@@ -9,17 +9,17 @@ from typing import Any, Final
 
 from edge_export.lower.decoder_onnx import GraphOptions, write_decoder_graph
 from edge_export.lower.encoder_onnx import EncoderGraphOptions, write_encoder_graph
+from edge_export.plan.encoder import EncoderPlan
 from edge_export.plan.plan import ExportPlan
+from edge_export.plan.target import BACKEND, MINIMUM_ONNXRUNTIME
 from edge_export.stages.store import data_file, store_inputs
-from edge_export.stages.values import EncoderPlan, Lowered, ModelKind, Run, Stored, extend, of
+from edge_export.stages.values import Lowered, ModelKind, Run, Stored, extend, of
 from edge_export.storage.decoder import StoredDecoder
 from edge_export.storage.encoder import StoredEncoder
 from edge_export.storage.stage_cache import Notes
 from edge_reasoner.contract.bundle.manifest import DecoderSpec, EncoderSpec, Variant
 from edge_reasoner.contract.profile.cost import peak_rss_bytes
 
-#: The oldest onnxruntime that the graphs have been run on.
-MINIMUM_ONNXRUNTIME: Final = "1.23.2"
 #: MatMulNBits' accuracy levels: int8 dot products; float32
 _FAST_LEVEL, _REFERENCE_LEVEL = 4, 1
 
@@ -71,12 +71,12 @@ def _decoder(run: Run, stored: Stored, notes: Notes) -> _Graphs:
             GraphOptions(plan.opset, plan.context_tokens, plan.compute, row.level),
         )
     ram_bytes = peak_rss_bytes(stored.cost, stored.board)
-    return _Graphs(tuple(_variant(row, ram_bytes) for row in rows))
+    return _Graphs(tuple(_variant(row, plan.execution_provider, ram_bytes) for row in rows))
 
 
 def _encoder(run: Run, stored: Stored, notes: Notes) -> _Graphs:
     plan, weights = of(EncoderPlan, stored.plan), of(StoredEncoder, stored.stored)
-    quantized = plan.recipe not in ("fp32", "fp16")
+    quantized = plan.quantized
     name = f"{stored.role}-{plan.recipe}"
     rows = _rows(stored, quantized, (name, f"{name}-reference" if quantized else name))
     for row in rows:
@@ -88,7 +88,7 @@ def _encoder(run: Run, stored: Stored, notes: Notes) -> _Graphs:
             EncoderGraphOptions(plan.opset, row.level),
         )
     ram_bytes = peak_rss_bytes(stored.cost, stored.board, chunk_tokens=stored.context_tokens)
-    return _Graphs(tuple(_variant(row, ram_bytes) for row in rows))
+    return _Graphs(tuple(_variant(row, plan.execution_provider, ram_bytes) for row in rows))
 
 
 def _rows(stored: Stored, quantized: bool, names: tuple[str, str]) -> list[_Row]:
@@ -101,11 +101,11 @@ def _rows(stored: Stored, quantized: bool, names: tuple[str, str]) -> list[_Row]
     ]
 
 
-def _variant(row: _Row, ram_bytes: int) -> Variant:
+def _variant(row: _Row, execution_provider: str, ram_bytes: int) -> Variant:
     return Variant(
         id=row.id,
-        backend="onnxruntime",
-        execution_provider="CPUExecutionProvider",
+        backend=BACKEND,
+        execution_provider=execution_provider,
         graph=row.graph,
         minimum_runtime=MINIMUM_ONNXRUNTIME,
         ram_floor_bytes=ram_bytes,
@@ -121,7 +121,7 @@ def _decoder_spec(stored: Stored) -> DecoderSpec:
         vocab_size=config.vocab_size,
         kv_heads=tuple(layer.num_kv_heads for layer in config.layers),
         head_dim=tuple(layer.head_dim for layer in config.layers),
-        kv_dtype=plan.compute,
+        kv_dtype=plan.kv_dtype,
         context_tokens=plan.context_tokens,
         parameters=checkpoint.parameters,
         eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *tokenizer.eos_token_ids))),

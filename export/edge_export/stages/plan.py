@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
-from edge_export.model.encoder import encoder_tensor_shapes
-from edge_export.plan.encoder_formats import MatrixFormat, encoder_formats, encoder_weights
+from edge_export.plan.analysis import Analysis
+from edge_export.plan.encoder import EncoderAnalysis, EncoderPlan, plan_encoder
 from edge_export.plan.plan import ExportPlan, plan_decoder
-from edge_export.quantize import BlockFormat
-from edge_export.stages.check import encoder_recipe
 from edge_export.stages.costs import decoder_cost, encoder_cost, predicted_decoder, predicted_encoder
-from edge_export.stages.values import Analysed, EncoderPlan, ModelKind, Planned, Run, extend
+from edge_export.stages.values import Analysed, ModelKind, Planned, Run, extend, of
 from edge_reasoner.contract.bundle.manifest import Predicted
 from edge_reasoner.contract.profile.cost import GraphCost, require_fit
 from edge_reasoner.errors import TargetError
 
+#: What an encoder's bundle holds beside weights: graphs, tokenizer, golden vectors, report (MiniLM: 0.9 MB).
+_BESIDE_WEIGHTS_BYTES: Final = 1e6
 _Decided = tuple[ExportPlan | EncoderPlan, GraphCost, Predicted]
 
 
 def plan(run: Run, analysed: Analysed) -> Planned:
     """Raises TargetError where the board's memory or the wanted latency do not allow the plan."""
     decided, cost, predicted = _PLAN[analysed.kind](analysed)
-    require_fit(cost, analysed.board)
     _check_latency(predicted, analysed.options.max_latency_ms)
     return extend(Planned, analysed, plan=decided, cost=cost, predicted=predicted)
 
@@ -33,48 +32,30 @@ def _decoder(analysed: Analysed) -> _Decided:
     decided = plan_decoder(
         config,
         analysed.board,
-        options.recipe,  # type: ignore[arg-type]  # checked by ExportOptions
+        options.recipe,
         analysed.context_tokens,
-        analysed.analysis,
+        None if analysed.analysis is None else of(Analysis, analysed.analysis),
         analysed.texts.calibration_sha256,
         options.quantizer,
     )
     cost = decoder_cost(config, decided)
+    require_fit(cost, analysed.board)
     return decided, cost, predicted_decoder(cost, analysed.board)
 
 
 def _encoder(analysed: Analysed) -> _Decided:
-    config, board = analysed.encoder.config, analysed.board
-    formats = encoder_formats(config, encoder_recipe(analysed.options.recipe))
-    shapes = encoder_tensor_shapes(config)
-    sizes: dict[str, int] = {}
-    matrices: list[dict[str, Any]] = []
-    for name, parts in encoder_weights(config):
-        fmt, rows = formats.of(name), sum(shapes[part][0] for part in parts)
-        columns = shapes[parts[0]][1:]
-        sizes[name] = _stored_bytes(fmt, rows, columns[0] if columns else 1)
-        if columns:
-            matrices.append(
-                {
-                    "name": name.removesuffix(".weight"),
-                    "rows": rows,
-                    "columns": columns[0],
-                    "format": fmt.label if isinstance(fmt, BlockFormat) else fmt,
-                    "bytes": sizes[name],
-                }
-            )
-    weight_bytes = sum(sizes.values())
-    decided = EncoderPlan(formats.recipe, board.name, board.max_opset, weight_bytes, tuple(matrices))
-    cost = encoder_cost(config, formats.recipe, weight_bytes, sizes["embed.word.weight"])
+    config, board, limit_mb = analysed.encoder.config, analysed.board, analysed.options.max_size_mb
+    decided = plan_encoder(
+        config,
+        board,
+        analysed.options.recipe,
+        None if analysed.analysis is None else of(EncoderAnalysis, analysed.analysis),
+        analysed.texts.calibration_sha256,
+        None if limit_mb is None else max(1.0, limit_mb * 1e6 - _BESIDE_WEIGHTS_BYTES),
+    )
+    cost = encoder_cost(config, decided)
+    require_fit(cost, board, chunk_tokens=config.context_tokens)
     return decided, cost, predicted_encoder(cost, board)
-
-
-def _stored_bytes(fmt: MatrixFormat, rows: int, columns: int) -> int:
-    if not isinstance(fmt, BlockFormat):
-        return rows * columns * (2 if fmt == "float16" else 4)
-    blocks = -(-columns // fmt.block_size)
-    row_bytes = blocks * (fmt.block_size * fmt.bits // 8 + 4)
-    return rows * (row_bytes if fmt.symmetric else row_bytes + -(-blocks * fmt.bits // 8))
 
 
 def _check_latency(predicted: Predicted, limit_ms: float | None) -> None:

@@ -8,12 +8,14 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from edge_export.plan.encoder_formats import encoder_formats, encoder_weights
+from edge_export.plan.analysis import Analysis
+from edge_export.plan.encoder import EncoderPlan, quantizer_of
 from edge_export.plan.plan import ExportPlan
-from edge_export.quantize import QUANTIZERS, BlockFormat
+from edge_export.quantize import make_quantizer
+from edge_export.quantize.formats import BlockFormat
 from edge_export.stages.analyse import analysis_inputs
 from edge_export.stages.store_decoder import store_decoder
-from edge_export.stages.values import EncoderPlan, ModelKind, Planned, Run, Stored, extend, of
+from edge_export.stages.values import ModelKind, Planned, Run, Stored, extend, of
 from edge_export.storage.decoder import KeptDecoder, StoredDecoder
 from edge_export.storage.encoder import StoredEncoder
 from edge_export.storage.external_data import ExternalData
@@ -56,7 +58,7 @@ def _decoder(run: Run, planned: Planned) -> StoredDecoder:
             checkpoint.config,
             checkpoint.source,
             of(ExportPlan, planned.plan),
-            None if planned.analysis is None else planned.analysis.head_inputs,
+            None if planned.analysis is None else of(Analysis, planned.analysis).head_inputs,
             planned.texts.calibration,
             [*decoder_sequences(planned), *planned.texts.quality],
             run.progress,
@@ -69,23 +71,19 @@ def _decoder(run: Run, planned: Planned) -> StoredDecoder:
 
 def _encoder(run: Run, planned: Planned) -> StoredEncoder:
     checkpoint, file = planned.encoder, data_file(planned)
-    formats = encoder_formats(checkpoint.config, of(EncoderPlan, planned.plan).recipe)
+    weights = of(EncoderPlan, planned.plan).weights
 
     def make(notes: Notes) -> KeptMatrices:
         stored: dict[str, StoredMatrix] = {}
-        weights = list(encoder_weights(checkpoint.config))
         with ExternalData(run.bundle / file) as data:
-            for index, (name, parts) in enumerate(weights):
+            for index, weight in enumerate(weights):
                 run.progress("quantizing the encoder", index, len(weights))
-                tensor = torch.cat([checkpoint.source.get(part) for part in parts])
-                fmt = formats.of(name)
-                if isinstance(fmt, BlockFormat):
-                    # Searching for scales pays at 4 bits; at 8 the rounding is far below what anything
-                    # downstream can see.
-                    quantizer = QUANTIZERS["searched" if fmt.bits == 4 else "rtn"]
-                    stored[name] = store_blocks(data, quantizer.quantize(tensor, fmt))
+                tensor = torch.cat([checkpoint.source.get(part) for part in weight.tensors])
+                if isinstance(weight.format, BlockFormat):
+                    quantizer = make_quantizer(quantizer_of(weight.format))
+                    stored[weight.name] = store_blocks(data, quantizer.quantize(tensor, weight.format))
                 else:
-                    stored[name] = store_dense(data, tensor, fmt)
+                    stored[weight.name] = store_dense(data, tensor, weight.format)
         run.progress("quantizing the encoder", len(weights), len(weights))
         return KeptMatrices.of(stored)
 

@@ -17,10 +17,12 @@ from edge_export.lower.decoder_onnx import store_rope_tables
 from edge_export.model.config import DecoderConfig, TensorSource
 from edge_export.model.layer import LayerTrace, layer_forward, rms_norm
 from edge_export.model.stream import DEFAULT_CHUNK_ROWS, embed_tokens, head_name, layer_weights
-from edge_export.plan.plan import ExportPlan, UnitPlan
+from edge_export.plan.plan import ExportPlan
+from edge_export.plan.recipes import UnitPlan
 from edge_export.plan.units import LAYER_UNITS
 from edge_export.progress import Progress
-from edge_export.quantize import QUANTIZERS, InputStatistics
+from edge_export.quantize import make_quantizer
+from edge_export.quantize.base import InputStatistics
 from edge_export.quantize.statistics import second_moments
 from edge_export.storage.decoder import StoredDecoder
 from edge_export.storage.external_data import ExternalData
@@ -160,7 +162,7 @@ class _Storing:
 
         if plan.format is None or plan.quantizer is None:
             return store_dense_in_parts(self._data, map(part, starts), self._plan.dense, rows, columns)
-        quantizer, fmt = QUANTIZERS[plan.quantizer], plan.format
+        quantizer, fmt = make_quantizer(plan.quantizer), plan.format
         parts = (quantizer.quantize(part(start), fmt, inputs) for start in starts)
         return store_blocks_in_parts(self._data, parts, fmt, rows, columns)
 
@@ -195,7 +197,7 @@ class _Storing:
         """Stores a matrix as planned; also returns it as a graph will compute with it."""
         if plan.format is None or plan.quantizer is None:
             return store_dense(self._data, weight, self._plan.dense), self._rounded(weight)
-        quantized = QUANTIZERS[plan.quantizer].quantize(weight, plan.format, inputs)
+        quantized = make_quantizer(plan.quantizer).quantize(weight, plan.format, inputs)
         return store_blocks(self._data, quantized), quantized.dequantize()
 
     def _store_vectors(self, at: str, weights: Mapping[str, torch.Tensor]) -> None:

@@ -14,6 +14,7 @@ from edge_export.checkpoint.load import DecoderCheckpoint
 from edge_export.checkpoint.tokenizer_files import TokenizerFiles
 from edge_export.options import ExportOptions
 from edge_export.plan.analysis import Analysis
+from edge_export.plan.encoder import EncoderAnalysis, EncoderPlan
 from edge_export.plan.plan import ExportPlan
 from edge_export.progress import Progress
 from edge_export.storage.decoder import StoredDecoder
@@ -102,7 +103,7 @@ class Loaded(Found):
 
 @dataclass(frozen=True)
 class Texts:
-    """What an export reads: token ids int64 [T] for a decoder, sentences for an encoder."""
+    """What an export reads: token ids int64 [T]; an encoder is measured on sentences."""
 
     calibration: tuple[torch.Tensor, ...] = ()
     calibration_sha256: str | None = None
@@ -123,24 +124,7 @@ class Checked(Loaded):
 class Analysed(Checked):
     """What calibration text said, where the recipe asks for it."""
 
-    analysis: Analysis | None
-
-
-@dataclass(frozen=True)
-class EncoderPlan:
-    """How an encoder's matrices are stored: frozen and printable, as a decoder's `ExportPlan`."""
-
-    recipe: str
-    profile: str
-    opset: int
-    weight_bytes: int
-    #: a JSON-able row for each matrix: name, rows, columns, format, bytes
-    matrices: tuple[Mapping[str, Any], ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, as printed by --dry-run and kept in the manifest."""
-        row = {name: getattr(self, name) for name in ("recipe", "profile", "opset", "weight_bytes")}
-        return {**row, "matrices": [dict(matrix) for matrix in self.matrices]}
+    analysis: Analysis | EncoderAnalysis | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,11 @@ from typing import Any, Final
 
 import msgspec
 
+from edge_export.plan.encoder import EncoderPlan
 from edge_export.plan.plan import ExportPlan
 from edge_export.stages.lower import lower_inputs
 from edge_export.stages.store import data_file, decoder_sequences
-from edge_export.stages.values import EncoderPlan, Lowered, ModelKind, Run, Verified, extend, of
+from edge_export.stages.values import Lowered, ModelKind, Run, Verified, extend, of
 from edge_export.storage.decoder import StoredDecoder
 from edge_export.storage.encoder import StoredEncoder
 from edge_export.verify.decoder import decoder_golden, stored_head
@@ -65,8 +66,8 @@ def _decoder(run: Run, lowered: Lowered) -> _Verdict:
 
 
 def _encoder(run: Run, lowered: Lowered) -> _Verdict:
-    data, recipe = run.bundle / data_file(lowered), of(EncoderPlan, lowered.plan).recipe
-    golden = encoder_golden(lowered.encoder, data, of(StoredEncoder, lowered.stored), recipe)
+    data, tolerance = run.bundle / data_file(lowered), of(EncoderPlan, lowered.plan).cosine_tolerance
+    golden = encoder_golden(lowered.encoder, data, of(StoredEncoder, lowered.stored), tolerance)
     spec, threads = of(EncoderSpec, lowered.spec), lowered.options.threads
     judge_encoder(run.bundle, spec, lowered.variants, golden, threads, run.progress)
     return _Verdict(lowered.variants, golden)

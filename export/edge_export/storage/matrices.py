@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edge_export.quantize import BlockFormat, BlockQuantized
+from edge_export.quantize.base import BlockQuantized
+from edge_export.quantize.formats import BlockFormat, FloatType
 from edge_export.storage.external_data import ExternalData, Region, read_region
-
-FloatType = Literal["float32", "float16"]
 
 _NUMPY_FLOAT = {"float32": np.float32, "float16": np.float16}
 

@@ -6,9 +6,8 @@ Both hold the whole encoder in memory once (encoders are small).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -16,20 +15,14 @@ from tokenizers import Tokenizer
 
 from edge_export.checkpoint.bert import EncoderCheckpoint
 from edge_export.model.config import EncoderConfig
-from edge_export.model.encoder import Encoder, encoder_tensor_shapes
-from edge_export.plan.encoder_formats import encoder_weights
+from edge_export.model.encoder import Encoder, encoder_tensor_shapes, padded_batches
+from edge_export.plan.encoder import encoder_weights
 from edge_export.storage.encoder import StoredEncoder
 from edge_export.storage.matrices import stored_rows
 from edge_reasoner.backends.base import EncoderSession
 from edge_reasoner.contract.bundle.manifest import EncoderGolden, GoldenSet
 from edge_reasoner.errors import InputError
 
-#: How far, in 1 − cosine, a kernel may be from torch on the same stored weights. The float recipes and every
-#: reference graph are bound by rounding; accuracy level 4 also rounds each matrix's inputs to 8 bits.
-GOLDEN_TOLERANCE: Final[Mapping[str, float]] = MappingProxyType(
-    {"fp32": 1e-5, "fp16": 1e-5, "int8": 5e-3, "mixed": 5e-3, "int4": 5e-3}
-)
-_BATCH_TEXTS = 16
 _MAX_GOLDEN_TOKENS = 128
 GOLDEN_TEXTS: Final = (
     "Where is the key?",
@@ -74,10 +67,13 @@ def encoder_golden(
     checkpoint: EncoderCheckpoint,
     data_path: Path,
     stored: StoredEncoder,
-    recipe: str,
+    tolerance: float,
     texts: Sequence[str] = GOLDEN_TEXTS,
 ) -> GoldenSet:
-    """Embeddings of `texts` (cut to 128 tokens) by torch on the stored weights. InputError without texts."""
+    """Embeddings of `texts` (cut to 128 tokens) by torch on the stored weights.
+
+    `tolerance`: how far a kernel may be off, as 1 − cosine. Raises InputError without texts.
+    """
     source = StoredSource(checkpoint.config, data_path, stored)
     token_ids = _tokenize(checkpoint, texts, _MAX_GOLDEN_TOKENS)
     expected = embed_with_torch(Encoder.from_source(checkpoint.config, source), token_ids)
@@ -85,7 +81,7 @@ def encoder_golden(
         EncoderGolden(token_ids=tuple(ids), embedding=tuple(row.tolist()))
         for ids, row in zip(token_ids, expected, strict=True)
     )
-    return GoldenSet(schema_version=1, tolerance=GOLDEN_TOLERANCE[recipe], encoder=vectors)
+    return GoldenSet(schema_version=1, tolerance=tolerance, encoder=vectors)
 
 
 def encoder_quality(
@@ -112,16 +108,9 @@ def encoder_quality(
 
 def embed_with_torch(encoder: Encoder, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
     """float32 [n, hidden] for n token id lists, in their order; inputs of like length run together."""
-    order = sorted(range(len(token_ids)), key=lambda index: len(token_ids[index]))
     result = torch.empty(len(token_ids), encoder.config.hidden_size)
-    for start in range(0, len(order), _BATCH_TEXTS):
-        group = order[start : start + _BATCH_TEXTS]
-        width = max(len(token_ids[index]) for index in group)
-        ids, mask = torch.zeros(2, len(group), width, dtype=torch.int64)
-        for row, index in enumerate(group):
-            ids[row, : len(token_ids[index])] = torch.tensor(token_ids[index], dtype=torch.int64)
-            mask[row, : len(token_ids[index])] = 1
-        with torch.inference_mode():
+    with torch.inference_mode():
+        for group, ids, mask in padded_batches(token_ids):
             result[group] = encoder(ids, mask)
     return result
 

@@ -1,4 +1,4 @@
-"""How closely a graph must reproduce torch on the weights that were stored. One table for all recipes.
+"""How closely a graph must reproduce torch on the stored weights; each recipe's figure is in its row.
 
 Figures are relative RMS errors of a position's logits: ‖got − expected‖ / ‖expected − mean(expected)‖.
 Accuracy level 4 rounds activations to int8 per block, which alone costs 0.02 to 0.1 on the models tried; how
@@ -11,12 +11,12 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from edge_export.plan.recipes import EXACT_LOGITS, RECIPES
+
 #: float32 arithmetic on the stored weights: what the reference graph must reach.
-EXACT = 2e-3
+EXACT = EXACT_LOGITS
 #: What the fast graph must reach where it is exported, by recipe.
-FAST: Mapping[str, float] = MappingProxyType(
-    {"fp32": EXACT, "fp16": 2e-2, "int8": 0.2, "int4": 0.2, "mixed": 0.2, "auto": 0.2}
-)
+FAST: Mapping[str, float] = MappingProxyType({name: row.logit_tolerance for name, row in RECIPES.items()})
 #: The device may deviate by as much again as this machine's kernels did, and by at least this.
 _LEAST_DEVICE_TOLERANCE = 0.1
 

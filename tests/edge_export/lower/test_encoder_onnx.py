@@ -11,9 +11,9 @@ import torch
 from support.lowered_encoders import lower_encoder
 from support.tiny_berts import SHAPES, embed_with_transformers, make_bert, random_batch
 
-from edge_export.lower.encoder_onnx import encoder_contrib_ops
 from edge_export.model.encoder import Encoder
-from edge_export.plan.encoder_formats import ENCODER_RECIPES
+from edge_export.plan.encoder import encoder_contrib_ops
+from edge_export.plan.recipes import RECIPES
 from edge_export.verify.encoder import StoredSource
 from edge_reasoner.contract.profile.load import load_profile
 
@@ -83,7 +83,7 @@ def test_fast_and_reference_graph_share_the_weights(tmp_path, recipe):
     ]
 
 
-@pytest.mark.parametrize("recipe", ENCODER_RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_operators_are_those_announced(tmp_path, recipe):
     """The list checked against the board before any work is exactly what the graphs contain."""
     make_bert(tmp_path / "model", "even")

@@ -12,7 +12,9 @@ from edge_export.checkpoint.load import load_checkpoint
 from edge_export.model.decoder import Decoder
 from edge_export.plan.analysis import analyse_importance, analyse_losses
 from edge_export.plan.units import LAYER_UNITS, decoder_units, small_parameters
-from edge_export.quantize import QUANTIZERS, BlockFormat, InputStatistics
+from edge_export.quantize import make_quantizer
+from edge_export.quantize.base import InputStatistics
+from edge_export.quantize.formats import BlockFormat
 
 INT4 = BlockFormat(4, 32, False)
 BATCHES = [tokens(150, seed)[0] for seed in (5, 6, 7, 8)]
@@ -52,8 +54,8 @@ def replaced(config, decoder, importance, names) -> Decoder:
         *at, kind = name.split(".")
         for part in parts.get(kind, (kind,)):
             key = ".".join([*at, part, "weight"])
-            worth = InputStatistics(importance[name])
-            state[key] = QUANTIZERS["searched"].quantize(state[key], INT4, worth).dequantize()
+            inputs = InputStatistics(importance[name])
+            state[key] = make_quantizer("searched").quantize(state[key], INT4, inputs).dequantize()
     return Decoder.from_source(config, MemorySource(state))
 
 
@@ -61,7 +63,7 @@ def test_losses_rank_as_the_measured_divergence(unequal):
     """Putting one unit at a time at 4 bits in torch: its KL has the estimate's order, and its size."""
     config, decoder = unequal
     source = MemorySource(decoder.state_dict())
-    analysis = analyse_losses(config, source, BATCHES, QUANTIZERS["searched"], INT4, 0, quiet)
+    analysis = analyse_losses(config, source, BATCHES, make_quantizer("searched"), INT4, 0, quiet)
     names = [unit.name for unit in decoder_units(config) if unit.kind != "embed"]
     assert set(analysis.int4_losses) == set(names) and analysis.tokens == 600
     reference = log_probabilities(decoder)
@@ -86,7 +88,7 @@ def test_losses_are_deterministic_and_draw_from_the_seed(unequal):
     config, decoder = unequal
     source = MemorySource(decoder.state_dict())
     runs = [
-        analyse_losses(config, source, BATCHES, QUANTIZERS["rtn"], INT4, seed, quiet).int4_losses
+        analyse_losses(config, source, BATCHES, make_quantizer("rtn"), INT4, seed, quiet).int4_losses
         for seed in (0, 0, 1)
     ]
     assert runs[0] == runs[1] != runs[2]

@@ -15,17 +15,16 @@ from support.tiny_models import make_model
 from edge_export.checkpoint.load import load_checkpoint
 from edge_export.plan.analysis import Analysis
 from edge_export.plan.plan import (
-    AUTO_BITS_PER_WEIGHT,
-    AUTO_LOSS_TARGET,
-    RECIPES,
     check_decoder,
     contrib_operators,
-    needs_importance,
     needs_losses,
+    needs_statistics,
     plan_decoder,
+    smallest_plan,
 )
+from edge_export.plan.recipes import AUTO_BITS_PER_WEIGHT, AUTO_LOSS_TARGET, RECIPES
 from edge_export.plan.units import decoder_units
-from edge_export.quantize import InputStatistics
+from edge_export.quantize.base import InputStatistics
 from edge_reasoner.contract.profile import load_profile
 from edge_reasoner.errors import InputError, TargetError
 
@@ -108,16 +107,24 @@ def test_formats_of_the_fixed_recipes(checkpoint, recipe):
     }
     assert bits == expected[recipe]
     assert plan.dense == ("float16" if recipe == "fp16" else "float32") and plan.compute == "float32"
-    assert (plan.calibration_sha256 is not None) == needs_importance(recipe)
+    assert (plan.calibration_sha256 is not None) == needs_statistics(recipe, "gptq")
     assert not needs_losses(recipe)
     json.dumps(plan.to_dict())
 
 
-def test_fp16_arithmetic_needs_a_gpu(checkpoint):
-    """Only boards with a GPU compute in float16."""
-    gpu = planned(checkpoint.config, "fp16", profile=load_profile("jetson-orin"))
-    assert gpu.compute == "float16"
-    assert planned(checkpoint.config, "int8", profile=load_profile("jetson-orin")).compute == "float32"
+def test_calibration_counts_only_where_something_looks_at_it(checkpoint):
+    """Round-to-nearest reads no text, so its plan does not depend on one; auto's order does."""
+    plan = plan_decoder(checkpoint.config, PROFILE, "int4", 64, None, SHA, "rtn")
+    assert plan.calibration_sha256 is None and not any(u.uses_statistics for u in plan.units)
+    assert needs_statistics("auto", "rtn") and not needs_statistics("fp32", "gptq")
+
+
+def test_the_smallest_plan_is_a_lower_bound(checkpoint):
+    """Whatever the analysis says, no plan of a recipe is smaller than the one that memory is checked with."""
+    config = checkpoint.config
+    for recipe in RECIPES:
+        plan = planned(config, recipe, analysis_of(config, lambda i: 2.0**-i))
+        assert smallest_plan(config, PROFILE, recipe, 64).weight_bytes <= plan.weight_bytes
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4", "mixed"])
@@ -150,7 +157,7 @@ def test_context(checkpoint):
         check_decoder(config, short, "auto", None) == 100 and check_decoder(config, short, "auto", 200) == 200
     )
     for wrong in (8, config.context_tokens + 1):
-        with pytest.raises(InputError, match=f"--context-tokens {wrong}: allowed: 16 to"):
+        with pytest.raises(InputError, match=f"context_tokens={wrong}: allowed: 16 to"):
             check_decoder(config, PROFILE, "auto", wrong)
 
 
@@ -189,4 +196,4 @@ def test_operators_are_those_of_the_graph(checkpoint, recipe, tmp_path):
     )
     nodes = onnx.load(path, load_external_data=False).graph.node
     own = {node.op_type for node in nodes if node.domain or node.op_type == "SimplifiedLayerNormalization"}
-    assert own == contrib_operators(checkpoint.config, recipe)
+    assert own == contrib_operators(checkpoint.config, RECIPES[recipe].quantized)

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_export.quantize import QUANTIZERS, BlockFormat, BlockQuantized
-from edge_export.quantize.base import pack_blocks, to_blocks
+from edge_export.quantize import QUANTIZERS, make_quantizer
+from edge_export.quantize.base import BlockQuantized, pack_blocks, to_blocks
+from edge_export.quantize.formats import BlockFormat
 
 FORMATS = [
     BlockFormat(bits, block_size, symmetric)
@@ -77,7 +78,7 @@ def multiplied(quantized: BlockQuantized, inputs: np.ndarray, level: int) -> np.
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.label)
 def test_matmulnbits_reads_the_same_weights(fmt, columns):
     """Unit vectors through MatMulNBits give every stored weight; at levels 0 and 1 they are exact."""
-    quantized = QUANTIZERS["rtn"].quantize(matrix(24, columns), fmt)
+    quantized = make_quantizer("rtn").quantize(matrix(24, columns), fmt)
     expected = quantized.dequantize().numpy()
     for level in (0, 1):
         got = multiplied(quantized, np.eye(columns, dtype=np.float32), level).T
@@ -88,7 +89,7 @@ def test_matmulnbits_reads_the_same_weights(fmt, columns):
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.label)
 def test_gather_reads_the_same_rows(fmt, columns):
     """GatherBlockQuantized gives the same rows, bit for bit, and zeros where a row was padded."""
-    quantized = QUANTIZERS["rtn"].quantize(matrix(24, columns), fmt)
+    quantized = make_quantizer("rtn").quantize(matrix(24, columns), fmt)
     ids = np.array([[5, 0, 23, 5]], np.int64)
     flat = quantized.packed.reshape(24, -1)
     got = run(
@@ -108,7 +109,7 @@ def test_gather_reads_the_same_rows(fmt, columns):
 def test_padding_decodes_to_zero(name):
     """Codes behind the last column mean zero: a kernel may multiply them with anything."""
     for fmt in FORMATS:
-        quantized = QUANTIZERS[name].quantize(matrix(6, 72), fmt)
+        quantized = make_quantizer(name).quantize(matrix(6, 72), fmt)
         whole = replace(quantized, columns=quantized.scales.shape[1] * fmt.block_size).dequantize()
         assert whole.shape[1] > 72 or fmt.block_size <= 8
         assert not whole[:, 72:].any() and whole[:, :72].any()

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from edge_export.quantize import QUANTIZERS, BlockFormat, InputStatistics
+from edge_export.quantize import QUANTIZERS, make_quantizer
+from edge_export.quantize.base import InputStatistics
+from edge_export.quantize.formats import BlockFormat
 from edge_export.quantize.statistics import MAX_CORRELATED_COLUMNS, second_moments
 
 INT4 = BlockFormat(4, 32, False)
@@ -36,11 +38,11 @@ def test_a_searched_scale_is_never_worse(fmt):
     """Row by row and block by block, the weighted error of the search is at most round-to-nearest's."""
     weight, inputs = weights(), correlated_inputs()
     statistics = second_moments([inputs])
-    worth = statistics.mean_square
+    importance = statistics.mean_square
     errors = {}
     for name in ("rtn", "searched"):
-        back = QUANTIZERS[name].quantize(weight, fmt, statistics).dequantize()
-        errors[name] = ((weight - back).square() * worth).reshape(48, -1, 32).sum(-1)
+        back = make_quantizer(name).quantize(weight, fmt, statistics).dequantize()
+        errors[name] = ((weight - back).square() * importance).reshape(48, -1, 32).sum(-1)
     # the search also gives every column a thousandth of the mean weight
     slack = 1e-3 * errors["rtn"].max()
     assert (errors["searched"] <= errors["rtn"] + slack).all()
@@ -55,7 +57,7 @@ def test_gptq_has_the_least_output_error(fmt):
     statistics = second_moments([seen[:100], seen[100:]])
     error = {
         name: output_error(unseen, weight, quantizer.quantize(weight, fmt, statistics).dequantize())
-        for name, quantizer in QUANTIZERS.items()
+        for name, quantizer in ((name, make_quantizer(name)) for name in QUANTIZERS)
     }
     assert error["gptq"] < 0.8 * error["searched"] < 0.8 * error["rtn"]
 
@@ -67,7 +69,7 @@ def test_gptq_corrects_across_blocks():
     (correlation,) = whole.correlation
     diagonal = tuple(correlation[i : i + 32, i : i + 32] for i in range(0, 192, 32))
     errors = [
-        output_error(inputs, weight, QUANTIZERS["gptq"].quantize(weight, INT4, s).dequantize())
+        output_error(inputs, weight, make_quantizer("gptq").quantize(weight, INT4, s).dequantize())
         for s in (whole, InputStatistics(whole.mean_square, diagonal))
     ]
     assert errors[0] < errors[1]
@@ -79,7 +81,7 @@ def test_deterministic_and_rows_independent(name):
 
     GPTQ's matrix products may round differently for another number of rows, hence its tolerance.
     """
-    quantizer, statistics = QUANTIZERS[name], second_moments([correlated_inputs()])
+    quantizer, statistics = make_quantizer(name), second_moments([correlated_inputs()])
     weight = weights()
     before = weight.clone()
     whole, again = (quantizer.quantize(weight, INT4, statistics) for _ in range(2))
@@ -109,7 +111,7 @@ def test_unusual_weights(name, fmt):
     weight = torch.stack(list(rows.values()))
     inputs = torch.randn(200, 80, generator=torch.Generator().manual_seed(2))
     for statistics in (None, second_moments([inputs]), second_moments([torch.zeros(4, 80)])):
-        quantized = QUANTIZERS[name].quantize(weight, fmt, statistics)
+        quantized = make_quantizer(name).quantize(weight, fmt, statistics)
         back = dict(zip(rows, quantized.dequantize(), strict=True))
         assert all(row.isfinite().all() for row in back.values()), name
         assert np.isfinite(quantized.scales).all()
@@ -139,7 +141,7 @@ def test_gptq_on_more_columns_than_are_correlated():
     (correlation,) = whole.correlation
     cut = InputStatistics(whole.mean_square, (correlation[:256, :256], correlation[256:, 256:]))
     errors = {
-        name: output_error(inputs, weight, QUANTIZERS[name].quantize(weight, INT4, cut).dequantize())
+        name: output_error(inputs, weight, make_quantizer(name).quantize(weight, INT4, cut).dequantize())
         for name in ("gptq", "searched")
     }
     assert errors["gptq"] < errors["searched"]

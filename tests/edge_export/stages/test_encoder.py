@@ -15,7 +15,7 @@ from support.tiny_berts import SHAPES, embed_with_transformers, make_bert
 from transformers import AutoTokenizer, BertModel
 
 from edge_export.model.encoder import encoder_tensor_shapes
-from edge_export.plan.encoder_formats import ENCODER_RECIPES
+from edge_export.plan.recipes import RECIPES
 from edge_export.verify.encoder import GOLDEN_TEXTS, encoder_golden, encoder_quality
 from edge_reasoner.backends.golden import check_golden, try_encoder
 from edge_reasoner.backends.onnxruntime_backend import OrtEncoderSession
@@ -30,7 +30,7 @@ DATA = Path(__file__).parents[4] / "shared" / "data" / "questions"
 def golden_of(folder, lowered, texts=TEXTS):
     """Golden vectors of the weights that lie in `folder`."""
     data = folder / "graphs/preprocessor.data"
-    return encoder_golden(lowered.encoder, data, lowered.stored, lowered.plan.recipe, texts)
+    return encoder_golden(lowered.encoder, data, lowered.stored, lowered.plan.cosine_tolerance, texts)
 
 
 def open_variant(folder, lowered, index=0):
@@ -46,7 +46,7 @@ def tiny(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("recipe", ENCODER_RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_variant_reproduces_its_golden_vectors(tiny, tmp_path, recipe):
     """The device's own check accepts each graph, and the vectors suit the spec."""
     lowered = lower_encoder(tiny, recipe, PROFILE, tmp_path)
@@ -89,15 +89,15 @@ def test_plan_and_cost_add_up(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("recipe", ENCODER_RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_plan_knows_what_will_be_stored(shape, recipe, tmp_path):
     """Bytes are planned to the last one, also where rows do not fill whole blocks."""
     make_bert(tmp_path / "model", shape)
     lowered = lower_encoder(tmp_path / "model", recipe, PROFILE, tmp_path / "out")
     stored = lowered.stored.weights
     assert lowered.plan.weight_bytes == sum(weight.size_bytes for weight in stored.values())
-    for row in lowered.plan.matrices:
-        assert row["bytes"] == stored[f"{row['name']}.weight"].size_bytes
+    for weight in lowered.plan.weights:
+        assert weight.size_bytes == stored[weight.name].size_bytes
 
 
 def test_files_and_variants(tiny, tmp_path):

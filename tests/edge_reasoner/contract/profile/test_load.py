@@ -41,14 +41,14 @@ def test_builtin_profile_loads(name):
     assert profile.max_opset <= 21
     assert profile.default_threads >= 1
     assert 0 < profile.memory_budget_bytes < profile.memory.capacity_gib.value * 2**30
-    assert profile.supports("causal-lm", "int4")
+    assert "int4" in profile.weights_for("causal-lm")
 
 
 @pytest.mark.parametrize("name", [n for n in list_profiles() if n.startswith("jetson-")])
 def test_jetsons_stay_within_python_310(name):
     """A jetson-* plan never asks for more than onnxruntime 1.23.2 and opset 21."""
     profile = load_profile(name)
-    assert (profile.newest_onnxruntime, profile.max_opset) == ("1.23.2", 21)
+    assert (profile.runtime("onnxruntime").newest_version, profile.max_opset) == ("1.23.2", 21)
 
 
 @pytest.mark.parametrize("name", list_profiles())
@@ -57,9 +57,29 @@ def test_accelerators_without_decoders_say_why(name):
     profile = load_profile(name)
     for accelerator in profile.accelerators:
         if not accelerator.runs_decoder_lm:
-            assert not profile.supports("causal-lm", "int8", accelerator.name)
-            text = " ".join(f"{limit.what} {limit.why}" for limit in profile.cannot).lower()
-            assert "decoder" in text
+            assert not profile.weights_for("causal-lm", accelerator.name)
+            assert any(limit.about("causal-lm", accelerator.name) for limit in profile.cannot)
+
+
+@pytest.mark.parametrize(
+    ("board", "change", "words"),
+    [
+        ("coral", {"precisions": [("causal-lm", "edge-tpu", "int8")]}, "whose runs_decoder_lm is false"),
+        ("coral", {"precisions": [("module", "edge-tpu", "fp16")]}, r"weights: 'fp16'; allowed: int8"),
+        ("coral", {"cannot": {"features": ["asimd"]}}, "features: 'asimd' is in a cluster's isa"),
+        ("coral", {"cannot": {"processor": "gpu"}}, r"processor: 'gpu'; allowed: cpu, edge-tpu"),
+        ("coral", {"cannot": {"task": "encoder", "processor": "cpu"}}, r"which \[\[precisions\]\] allows"),
+    ],
+)
+def test_profiles_do_not_contradict_themselves(board, change, words):
+    """What a row rules out, no other row of the profile may claim."""
+    tree = msgspec.to_builtins(load_profile(board))
+    for task, processor, weights in change.get("precisions", ()):
+        tree["precisions"] += ({"task": task, "processor": processor, "weights": [weights]},)
+    if "cannot" in change:
+        tree["cannot"] += ({"what": "do it", "why": "so", "instead": "this", **change["cannot"]},)
+    with pytest.raises(ProfileError, match=words):
+        msgspec.convert(tree, DeviceProfile, strict=False).check("test")
 
 
 @pytest.mark.parametrize("path", sorted(HOSTILE.glob("*.toml")), ids=lambda p: p.stem)

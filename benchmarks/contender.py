@@ -45,26 +45,24 @@ class EdgeContender:
 
         bundle = open_bundle(path)
         component = bundle.component("reasoner")
-        activated = activate(
-            bundle, "reasoner", threads=threads, cache_dir=Path(cache_dir),
-            context_tokens=min(CONTEXT_TOKENS, component.spec.context_tokens),
-        )  # fmt: skip
-        self._session = activated.decoder
+        activated = activate(bundle, "reasoner", threads=threads, cache_dir=Path(cache_dir))
+        self._model = activated.decoder
+        self._cache = self._model.new_cache(min(CONTEXT_TOKENS, component.spec.context_tokens))
         tokenizer = open_tokenizer(bundle, component)
-        self._engine = Engine(self._session, tokenizer, eos_token_ids=(), clock=time.perf_counter)
+        self._engine = Engine(self._model, self._cache, tokenizer, eos_token_ids=(), clock=time.perf_counter)
         self._params = SamplingParams
         chosen = activated.activation
         self.facts = {"variant": chosen.variant_id, "session_options": chosen.session_options}
 
     def answer(self, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
-        self._session.rewind(0)
+        self._cache.rewind(0)
         for token in self._engine.generate(prompt, self._params(max_tokens=new_tokens)):
             if token.token_id is not None:
                 yield token.token_id
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        self._session.rewind(0)
-        return self._session.extend(np.asarray(tokens, np.int64), keep=len(tokens))
+        self._cache.rewind(0)
+        return self._model.extend(self._cache, np.asarray(tokens, np.int64), len(tokens)).logits
 
 
 class LlamaCppContender:

@@ -32,7 +32,8 @@ from edge_export.storage.encoder import StoredEncoder
 from edge_export.storage.stage_cache import StageCache
 from edge_export.verify.encoder import encoder_golden, encoder_quality
 from edge_reasoner.backends.golden import try_encoder
-from edge_reasoner.backends.onnxruntime_backend import OrtEncoderSession, runtime_version
+from edge_reasoner.backends.onnxruntime.encoder import OrtEncoder
+from edge_reasoner.backends.onnxruntime.session import runtime_version
 from edge_reasoner.contract.profile.load import load_profile
 from edge_reasoner.contract.profile.schema import DeviceProfile
 
@@ -87,7 +88,7 @@ def evaluate(
     everything = [text for texts in sentences.values() for text in texts]
     rows = []
     for variant in lowered.variants:
-        session = OrtEncoderSession(folder / variant.graph, lowered.spec, threads=1)
+        model = OrtEncoder(folder / variant.graph, lowered.spec, threads=1)
         rows.append(
             {
                 "recipe": recipe,
@@ -96,16 +97,16 @@ def evaluate(
                 "weight_bytes": plan["weight_bytes"],
                 "file_bytes": file_bytes,
                 "bytes_saved_percent": round(100 * (1 - file_bytes / source_bytes), 2),
-                **encoder_quality(checkpoint, session, everything),
+                **encoder_quality(checkpoint, model, everything),
                 "mean_cosine_by_source": {
-                    name: encoder_quality(checkpoint, session, texts)["mean_cosine"]
+                    name: encoder_quality(checkpoint, model, texts)["mean_cosine"]
                     for name, texts in sentences.items()
                 },
-                "golden_error": try_encoder(session, golden, time.monotonic).error,
+                "golden_error": try_encoder(model, golden, time.monotonic).error,
                 "golden_tolerance": golden.tolerance,
             }
         )
-        session.close()
+        model.close()
     return rows
 
 

@@ -19,13 +19,12 @@ from typing import Literal, cast
 import msgspec
 
 from edge_reasoner.activation.selftest import Candidate, CandidateReport, choose, list_candidates
-from edge_reasoner.backends import Backend, load_backend
-from edge_reasoner.backends.base import DecoderSession, EncoderSession
+from edge_reasoner.backends import load_backend
+from edge_reasoner.backends.base import Backend, DecoderModel, EncoderModel
 from edge_reasoner.backends.golden import (
     Clock,
     Trial,
     check_golden,
-    longest_vector_tokens,
     try_decoder,
     try_encoder,
 )
@@ -33,7 +32,6 @@ from edge_reasoner.contract.bundle.manifest import (
     MAX_GOLDEN_BYTES,
     Component,
     DecoderSpec,
-    EncoderSpec,
     GoldenSet,
     Variant,
     parse_golden,
@@ -82,21 +80,21 @@ class Activation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 @dataclass(frozen=True)
 class Activated:
-    """An open session, how it was chosen, and whether the choice came from the cache."""
+    """An open model, how it was chosen, and whether the choice came from the cache."""
 
-    session: DecoderSession | EncoderSession
+    model: DecoderModel | EncoderModel
     activation: Activation
     from_cache: bool
 
     @property
-    def decoder(self) -> DecoderSession:
-        """The session of a decoder component."""
-        return cast(DecoderSession, self.session)
+    def decoder(self) -> DecoderModel:
+        """The model of a decoder component."""
+        return cast(DecoderModel, self.model)
 
     @property
-    def encoder(self) -> EncoderSession:
-        """The session of an encoder component."""
-        return cast(EncoderSession, self.session)
+    def encoder(self) -> EncoderModel:
+        """The model of an encoder component."""
+        return cast(EncoderModel, self.model)
 
 
 def default_cache_dir(environment: Mapping[str, str]) -> Path:
@@ -113,16 +111,15 @@ def activate(
     *,
     threads: int,
     cache_dir: Path,
-    context_tokens: int | None = None,
     clock: Clock = time.perf_counter,
     probe_import: Callable[[], ImportProbe] = native_import_is_safe,
 ) -> Activated:
     """Opens component `kind` in the fastest configuration that reproduces its golden vectors here.
 
     The first call on a machine imports the runtime in a child process, then tests every configuration
-    (seconds to a minute); later calls read the choice from `cache_dir`. `context_tokens` sizes a decoder's
-    cache (None: the model's own). Raises BundleError (no such component, bad golden vectors), TargetError (no
-    variant can run here), VerificationError (none reproduces the golden vectors), BackendError.
+    (seconds to a minute); later calls read the choice from `cache_dir`. Raises BundleError (no such
+    component, bad golden vectors), TargetError (no variant can run here), VerificationError (none reproduces
+    the golden vectors), BackendError.
     """
     component = bundle.component(kind)
     golden = parse_golden(bundle.read_bytes(component.golden, MAX_GOLDEN_BYTES), component.golden)
@@ -130,20 +127,20 @@ def activate(
     _check_import(cache_dir, probe_import)
     backends = _load_backends(component)
     machine = _machine(backends, threads)
-    setup = _Setup(bundle, component, golden, backends, machine, context_tokens, clock)
+    setup = _Setup(bundle, component, golden, backends, machine, clock)
     path = cache_dir / "activation" / f"{_key(bundle, kind, machine)}.json"
     cached = _read_cache(path)
     if cached is not None and _matches(cached, setup):
-        session = setup.open_cached(cached)
-        if session is not None:
-            return Activated(session, cached, True)
+        model = setup.open_cached(cached)
+        if model is not None:
+            return Activated(model, cached, True)
     activated = setup.run_self_test()
     _write_atomically(path, msgspec.json.encode(activated.activation))
     return activated
 
 
 def cached_activation(bundle: Bundle, kind: str, *, threads: int, cache_dir: Path) -> Activation | None:
-    """The choice that `activate` would read from the cache, or None. Loads the runtime, opens no session."""
+    """The choice that `activate` would read from the cache, or None. Loads the runtime, opens no model."""
     component = bundle.component(kind)
     backends = _load_backends(component)
     return _read_cache(cache_dir / "activation" / f"{_key(bundle, kind, _machine(backends, threads))}.json")
@@ -161,11 +158,10 @@ class _Setup:
     golden: GoldenSet
     backends: Mapping[str, Backend]
     machine: Machine
-    context_tokens: int | None
     clock: Clock
 
-    def open(self, candidate: Candidate, context_tokens: int | None) -> DecoderSession | EncoderSession:
-        """Opens one candidate's session."""
+    def open(self, candidate: Candidate) -> DecoderModel | EncoderModel:
+        """Opens one candidate's model."""
         variant = self.variant(candidate.variant_id)
         backend, path = self.backends[variant.backend], self.bundle.path_of(variant.graph)
         if isinstance(self.component.spec, DecoderSpec):
@@ -175,7 +171,6 @@ class _Setup:
                 provider=variant.execution_provider,
                 session_options=candidate.session_options,
                 threads=self.machine.threads,
-                context_tokens=context_tokens,
             )
         return backend.open_encoder(
             path,
@@ -193,21 +188,16 @@ class _Setup:
         raise BundleError(f"component {self.component.kind!r} has no variant {variant_id!r}")
 
     def run_self_test(self) -> Activated:
-        """Tests every usable candidate and opens the winner with the wanted context."""
+        """Tests every usable candidate; the winner's model is open."""
         usable, refused = self._usable()
         if not usable:
             reasons = "; ".join(f"{report.variant_id}: {report.reason}" for report in refused)
             raise TargetError(f"component {self.component.kind!r}: no variant can run here: {reasons}")
-        context_tokens = self._test_context()
         architecture = self.machine.architecture
         candidates = list_candidates(
             usable, _GENERIC_OPTIONS.get(architecture, ()), _LAST_RESORT_OPTIONS.get(architecture, ())
         )
-        outcome = choose(candidates, lambda candidate: self.open(candidate, context_tokens), self._trial)
-        session = outcome.session
-        if context_tokens != self.context_tokens:
-            session.close()
-            session = self.open(outcome.candidate, self.context_tokens)
+        outcome = choose(candidates, self.open, self._trial)
         activation = Activation(
             bundle_id=self.bundle.manifest.bundle_id,
             kind=self.component.kind,
@@ -217,26 +207,20 @@ class _Setup:
             reference=outcome.candidate.reference,
             reports=(*refused, *outcome.reports),
         )
-        return Activated(session, activation, False)
+        return Activated(outcome.model, activation, False)
 
-    def open_cached(self, cached: Activation) -> DecoderSession | EncoderSession | None:
-        """The cached choice's session; None if it no longer opens, so that the self-test decides anew."""
+    def open_cached(self, cached: Activation) -> DecoderModel | EncoderModel | None:
+        """The cached choice's model; None if it no longer opens, so that the self-test decides anew."""
         candidate = Candidate(variant_id=cached.variant_id, session_options=cached.session_options)
         try:
-            return self.open(candidate, self.context_tokens)
+            return self.open(candidate)
         except BackendError:
             return None
 
-    def _test_context(self) -> int | None:
-        """The wanted context, or more where the golden vectors need more."""
-        if self.context_tokens is None or isinstance(self.component.spec, EncoderSpec):
-            return self.context_tokens
-        return max(self.context_tokens, longest_vector_tokens(self.golden))
-
-    def _trial(self, session: DecoderSession | EncoderSession) -> Trial:
+    def _trial(self, model: DecoderModel | EncoderModel) -> Trial:
         if isinstance(self.component.spec, DecoderSpec):
-            return try_decoder(cast(DecoderSession, session), self.golden, self.clock)
-        return try_encoder(cast(EncoderSession, session), self.golden, self.clock)
+            return try_decoder(cast(DecoderModel, model), self.golden, self.clock)
+        return try_encoder(cast(EncoderModel, model), self.golden, self.clock)
 
     def _usable(self) -> tuple[list[Variant], list[CandidateReport]]:
         usable, refused = [], []

@@ -4,7 +4,7 @@ A kernel is not trusted before it has been checked on this machine: int4 MatMulN
 with several tokens at once, gives a wrong argmax through KleidiAI under an emulated Cortex-A76, while the
 same graph agrees with `mlas.disable_kleidiai=1`. So every configuration must reproduce the logits that the
 exporter computed with torch, for a prefill of several tokens and token by token; the fastest that does is
-taken. Candidates marked `reference` (slow arithmetic) are tried only if no other passes. One session is open
+taken. Candidates marked `reference` (slow arithmetic) are tried only if no other passes. One model is open
 at a time.
 """
 
@@ -33,7 +33,7 @@ S = TypeVar("S", bound=_Closable)
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One variant with one set of session options."""
+    """One variant with one set of model options."""
 
     variant_id: str
     session_options: dict[str, str]
@@ -53,9 +53,9 @@ class CandidateReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 @dataclass(frozen=True)
 class Outcome(Generic[S]):
-    """The winner with its session still open, and a report for every candidate that was tried."""
+    """The winner with its model still open, and a report for every candidate that was tried."""
 
-    session: S
+    model: S
     candidate: Candidate
     reports: tuple[CandidateReport, ...]
 
@@ -97,8 +97,8 @@ def choose(
     for reference in (False, True):
         group = [candidate for candidate in candidates if candidate.reference is reference]
         if (winner := _fastest(group, open_candidate, run_trial, reports)) is not None:
-            session, candidate = winner
-            return Outcome(session, candidate, tuple(reports))
+            model, candidate = winner
+            return Outcome(model, candidate, tuple(reports))
     tried = "; ".join(f"{r.variant_id} {_options_text(r.session_options)}: {r.reason}" for r in reports)
     raise VerificationError(
         f"no configuration reproduces the golden vectors on this machine: {tried or 'no usable variant'}"
@@ -117,14 +117,14 @@ def _fastest(
     run_trial: Callable[[S], Trial],
     reports: list[CandidateReport],
 ) -> tuple[S, Candidate] | None:
-    """Tries a group, appending to `reports`; at most one session is open at a time, to bound the memory."""
+    """Tries a group, appending to `reports`; at most one model is open at a time, to bound the memory."""
     best: tuple[float, Candidate] | None = None
     held: tuple[S, Candidate] | None = None
     for candidate in group:
         if held is not None:
             held[0].close()
-        session, report = _try(candidate, open_candidate, run_trial)
-        held = None if session is None else (session, candidate)
+        model, report = _try(candidate, open_candidate, run_trial)
+        held = None if model is None else (model, candidate)
         reports.append(report)
         if report.step_ms is not None and (best is None or report.step_ms < best[0] * _WORTHWHILE):
             best = report.step_ms, candidate
@@ -138,19 +138,19 @@ def _fastest(
 def _try(
     candidate: Candidate, open_candidate: Callable[[Candidate], S], run_trial: Callable[[S], Trial]
 ) -> tuple[S | None, CandidateReport]:
-    """One candidate's report, and its session if it opened."""
-    session: S | None = None
+    """One candidate's report, and its model if it opened."""
+    model: S | None = None
     try:
-        session = open_candidate(candidate)
-        trial = run_trial(session)
+        model = open_candidate(candidate)
+        trial = run_trial(model)
     except (BackendError, BundleError) as error:
-        return session, CandidateReport(
+        return model, CandidateReport(
             variant_id=candidate.variant_id,
             session_options=candidate.session_options,
             passed=False,
             reason=str(error),
         )
-    return session, CandidateReport(
+    return model, CandidateReport(
         variant_id=candidate.variant_id,
         session_options=candidate.session_options,
         passed=not trial.problem,

@@ -1,16 +1,20 @@
-"""What a backend offers: a decoder session with a KV cache, and an encoder session.
+"""What a backend offers: decoders (weights, shared) with KV caches (one sequence each), and encoders.
 
-A new backend is one file that implements these protocols plus one row in `backends/__init__.py`; the shared
-conformance test in `tests/backends/` runs against every row.
+A new backend is one file or package that implements these protocols plus one row in `backends/__init__.py`;
+the shared conformance test in `tests/edge_reasoner/backends/` runs against every row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from edge_reasoner.contract.bundle.manifest import DecoderSpec, EncoderSpec
 
 Logits = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
@@ -20,14 +24,14 @@ TokenIds = NDArray[np.int64]
 class Step:
     """What one `extend` gave. Views that are valid until the model's next call.
 
-    `logits`: float32 [num_logits, vocab], the last positions'. With `hidden=True` also `last_hidden`, float32
+    `logits`: float32 [num_logits, vocab], the last positions'. With `hidden=True` also `hidden_last`, float32
     [hidden]: the final norm's output at the last position, and `hidden_sum`, float32 [hidden]: the same
     summed over the tokens of this call (the caller divides by their number: mean pooling over any span
     costs no second pass).
     """
 
     logits: Logits
-    last_hidden: NDArray[np.float32] | None = None
+    hidden_last: NDArray[np.float32] | None = None
     hidden_sum: NDArray[np.float32] | None = None
 
 
@@ -53,7 +57,7 @@ class KVCache(Protocol):
         it."""
 
     def close(self) -> None:
-        """Releases the memory. Idempotent; further calls are an error."""
+        """Releases the memory. Idempotent; further use is a BackendError."""
 
 
 class DecoderModel(Protocol):
@@ -95,40 +99,10 @@ class DecoderModel(Protocol):
         """
 
     def close(self) -> None:
-        """Releases graph and weights. Idempotent; its caches cannot be extended any more."""
+        """Releases graph, weights and its caches' memory. Idempotent; further use is a BackendError."""
 
 
-class DecoderSession(Protocol):
-    """One causal LM with one preallocated KV cache for one sequence. Not thread-safe."""
-
-    @property
-    def context_tokens(self) -> int:
-        """Capacity of the KV cache in tokens."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of a logits row."""
-
-    @property
-    def length_tokens(self) -> int:
-        """Tokens now in the KV cache."""
-
-    def extend(self, token_ids: TokenIds, keep: int = 1) -> Logits:
-        """Appends tokens (int64 [n], n ≥ 1) to the cache and returns the last `keep` positions' logits.
-
-        Prefill and decode are the same call; long input is fed in chunks. Returns float32 [keep, vocab]: a
-        view that is valid until the next call. Raises ContextOverflowError when the cache would overflow,
-        BackendError when the library fails (the cache's length is then unchanged).
-        """
-
-    def rewind(self, length_tokens: int) -> None:
-        """Forgets everything after the first `length_tokens` tokens (0 = start afresh). O(1)."""
-
-    def close(self) -> None:
-        """Releases the session. Further calls are an error."""
-
-
-class EncoderSession(Protocol):
+class EncoderModel(Protocol):
     """One sentence encoder. Thread-safe."""
 
     @property
@@ -143,4 +117,47 @@ class EncoderSession(Protocol):
         """Embeds a batch of token id lists (padded inside): float32 [batch, dimension], L2-normalized."""
 
     def close(self) -> None:
-        """Releases the session."""
+        """Releases graph and weights."""
+
+
+class OpenDecoder(Protocol):
+    """Opens a decoder's graph.
+
+    `provider` must take every node: a silent fall-back to another is an error. Raises InputError,
+    BundleError when the graph is not what its spec says, BackendError when the library fails.
+    """
+
+    def __call__(
+        self,
+        graph_path: Path,
+        spec: DecoderSpec,
+        *,
+        provider: str,
+        session_options: Mapping[str, str],
+        threads: int,
+    ) -> DecoderModel: ...
+
+
+class OpenEncoder(Protocol):
+    """Opens an encoder's graph; the parameters and errors are those of `OpenDecoder`."""
+
+    def __call__(
+        self,
+        graph_path: Path,
+        spec: EncoderSpec,
+        *,
+        provider: str,
+        session_options: Mapping[str, str],
+        threads: int,
+    ) -> EncoderModel: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One inference library, loaded."""
+
+    name: str
+    runtime_version: str
+    providers: tuple[str, ...]
+    open_decoder: OpenDecoder
+    open_encoder: OpenEncoder

@@ -1,4 +1,4 @@
-"""Runs a component's golden vectors on an open session: how far off is it, and how fast.
+"""Runs a component's golden vectors on an open model: how far off is it, and how fast.
 
 The exporter uses it to verify what it made, the device to decide whether a kernel may be trusted.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_reasoner.backends.base import DecoderSession, EncoderSession
+from edge_reasoner.backends.base import DecoderModel, EncoderModel, KVCache
 from edge_reasoner.contract.bundle.manifest import (
     DecoderGolden,
     DecoderSpec,
@@ -39,7 +40,7 @@ _MAX_KEPT_LOGITS = 1 << 26
 
 @dataclass(frozen=True)
 class Trial:
-    """Result of the golden vectors on one session.
+    """Result of the golden vectors on one model.
 
     `error` is the largest deviation (decoder: relative RMS error of a check's logits; encoder: 1 − cosine;
     inf where a result was not finite), `problem` the first thing wrong ("" = all within tolerance) and
@@ -91,41 +92,34 @@ def _check_decoder_vector(vector: DecoderGolden, vocab_size: int, where: str) ->
         raise BundleError(f"{where}: checks so early in the prefill would keep too many logits")
 
 
-def longest_vector_tokens(golden: GoldenSet) -> int:
-    """Tokens of the longest vector: the context that the trial needs."""
-    vectors: tuple[DecoderGolden | EncoderGolden, ...] = (*golden.decoder, *golden.encoder)
-    return max(len(vector.token_ids) for vector in vectors)
-
-
-def try_decoder(session: DecoderSession, golden: GoldenSet, clock: Clock) -> Trial:
-    """Prefills and steps through every vector, then times decode steps. Leaves the session empty."""
-    error, problem = 0.0, ""
-    for vector in golden.decoder:
-        session.rewind(0)
-        for check, row in _checked_rows(session, vector):
-            deviation, wrong = _compare(check, row, golden.tolerance)
-            error, problem = max(error, deviation), problem or wrong
-    step_ms = None
-    if not problem:
+def try_decoder(model: DecoderModel, golden: GoldenSet, clock: Clock) -> Trial:
+    """Prefills and steps through every vector, then times decode steps, all on a cache of its own."""
+    with closing(model.new_cache(_longest_vector_tokens(golden))) as cache:
+        error, problem = 0.0, ""
+        for vector in golden.decoder:
+            cache.rewind(0)
+            for check, row in _checked_rows(model, cache, vector):
+                deviation, wrong = _compare(check, row, golden.tolerance)
+                error, problem = max(error, deviation), problem or wrong
+        if problem:
+            return Trial(error, problem, None)
         last = np.array(golden.decoder[-1].token_ids[-1:], np.int64)
 
         def step() -> None:
-            session.rewind(session.length_tokens - 1)
-            session.extend(last)
+            cache.rewind(cache.length_tokens - 1)
+            model.extend(cache, last)
 
-        step_ms = _median_ms(step, clock)
-    session.rewind(0)
-    return Trial(error, problem, step_ms)
+        return Trial(error, "", _median_ms(step, clock))
 
 
-def try_encoder(session: EncoderSession, golden: GoldenSet, clock: Clock) -> Trial:
+def try_encoder(model: EncoderModel, golden: GoldenSet, clock: Clock) -> Trial:
     """Embeds every vector alone and all in one batch, then times one embedding."""
     inputs = [list(vector.token_ids) for vector in golden.encoder]
     expected = np.array([vector.embedding for vector in golden.encoder], np.float64)
     error, problem = 0.0, ""
     for name, got in (
-        ("alone", [session.embed([ids])[0] for ids in inputs]),
-        ("batched", session.embed(inputs)),
+        ("alone", [model.embed([ids])[0] for ids in inputs]),
+        ("batched", model.embed(inputs)),
     ):
         for index, (row, wanted) in enumerate(zip(got, expected, strict=True)):
             deviation = _one_minus_cosine(row.astype(np.float64), wanted)
@@ -134,8 +128,13 @@ def try_encoder(session: EncoderSession, golden: GoldenSet, clock: Clock) -> Tri
                     f"vector {index}, {name}: 1 − cosine is {deviation:.3g}, above {golden.tolerance:.3g}"
                 )
             error = max(error, deviation)
-    step_ms = None if problem else _median_ms(lambda: session.embed(inputs[:1]), clock)
+    step_ms = None if problem else _median_ms(lambda: model.embed(inputs[:1]), clock)
     return Trial(error, problem, step_ms)
+
+
+def _longest_vector_tokens(golden: GoldenSet) -> int:
+    """The context that the trial of a decoder needs."""
+    return max(len(vector.token_ids) for vector in golden.decoder)
 
 
 def _kept_rows(vector: DecoderGolden) -> int:
@@ -145,19 +144,19 @@ def _kept_rows(vector: DecoderGolden) -> int:
 
 
 def _checked_rows(
-    session: DecoderSession, vector: DecoderGolden
+    model: DecoderModel, cache: KVCache, vector: DecoderGolden
 ) -> Iterator[tuple[GoldenCheck, NDArray[np.float32]]]:
     """Each check with the logits [vocab] at its position; a row is valid until the next is asked for."""
     by_position: dict[int, list[GoldenCheck]] = {}
     for check in vector.checks:
         by_position.setdefault(check.position, []).append(check)
     tokens, prefill, kept = np.array(vector.token_ids, np.int64), vector.prefill_tokens, _kept_rows(vector)
-    rows = session.extend(tokens[:prefill], keep=kept)
+    rows = model.extend(cache, tokens[:prefill], kept).logits
     for row, position in enumerate(range(prefill - kept, prefill)):
         for check in by_position.get(position, []):
             yield check, rows[row]
     for position in range(prefill, len(tokens)):
-        rows = session.extend(tokens[position : position + 1])
+        rows = model.extend(cache, tokens[position : position + 1]).logits
         for check in by_position.get(position, []):
             yield check, rows[0]
 

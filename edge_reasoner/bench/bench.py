@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from edge_reasoner.activation.activate import Activated, activate
+from edge_reasoner.backends.base import KVCache
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.contract.bundle.graph_bytes import graph_bytes
 from edge_reasoner.contract.bundle.manifest import DecoderSpec
@@ -91,15 +92,15 @@ def bench(
     context = _context_tokens(spec, options)
     open_tokenizer(bundle, component)  # a broken one is said before anything is measured
     advance("self-test")
-    _open(bundle, machine, context).session.close()  # the choice of kernels is made once, not measured
+    _open(bundle, machine).model.close()  # the choice of kernels is made once, not measured
     advance("fresh process")
     cold_ms, peak_bytes = _measure_fresh(bundle, machine, spec, options, context, python)
     advance("loading")
-    load_ms, activated = _measure_loads(bundle, machine, context)
+    load_ms, activated, cache = _measure_loads(bundle, machine, context)
     try:
-        runs = _measure_runs(bundle, activated, spec, options, machine.clock, advance)
+        runs = _measure_runs(bundle, activated, cache, spec, options, machine.clock, advance)
     finally:
-        activated.session.close()
+        activated.model.close()
     advance("memory bandwidth")
     read_gbps = machine_gbps()
     return {
@@ -153,8 +154,8 @@ def run_fresh(arguments: str) -> None:
     given: Mapping[str, Any] = json.loads(arguments)
     machine = Machine(threads=given["threads"], cache_dir=Path(given["cache_dir"]))
     bundle = open_bundle(given["bundle"])
-    activated = _open(bundle, machine, given["context_tokens"])
-    engine = _engine(bundle, activated, machine.clock)
+    activated = _open(bundle, machine)
+    engine = _engine(bundle, activated, activated.decoder.new_cache(given["context_tokens"]), machine.clock)
     params = SamplingParams(max_tokens=given["new_tokens"])
     for index, _ in enumerate(engine.generate(given["prompt_ids"], params)):
         if index == 0:
@@ -197,51 +198,47 @@ def _context_tokens(spec: DecoderSpec, options: BenchOptions) -> int:
     return min(spec.context_tokens, max(needed, DEFAULT_CONTEXT_TOKENS))
 
 
-def _open(bundle: Bundle, machine: Machine, context_tokens: int) -> Activated:
-    return activate(
-        bundle,
-        "reasoner",
-        threads=machine.threads,
-        cache_dir=machine.cache_dir,
-        context_tokens=context_tokens,
-    )
+def _open(bundle: Bundle, machine: Machine) -> Activated:
+    return activate(bundle, "reasoner", threads=machine.threads, cache_dir=machine.cache_dir)
 
 
-def _engine(bundle: Bundle, activated: Activated, clock: Callable[[], float]) -> Engine:
+def _engine(bundle: Bundle, activated: Activated, cache: KVCache, clock: Callable[[], float]) -> Engine:
     tokenizer = open_tokenizer(bundle, bundle.component("reasoner"))
-    return Engine(activated.decoder, tokenizer, eos_token_ids=(), clock=clock)
+    return Engine(activated.decoder, cache, tokenizer, eos_token_ids=(), clock=clock)
 
 
-def _measure_loads(bundle: Bundle, machine: Machine, context: int) -> tuple[float, Activated]:
-    """Median ms from a bundle directory to a session that can answer, hashes checked; the last one open."""
+def _measure_loads(bundle: Bundle, machine: Machine, context: int) -> tuple[float, Activated, KVCache]:
+    """Median ms from a bundle directory to a model that can answer, hashes checked; the last one open."""
     samples_ms = []
     activated: Activated | None = None
     for _ in range(_LOADS):
         if activated is not None:
-            activated.session.close()
+            activated.model.close()
         start_s = machine.clock()
         opened = open_bundle(bundle.root)
-        activated = _open(opened, machine, context)
+        activated = _open(opened, machine)
+        cache = activated.decoder.new_cache(context)
         open_tokenizer(opened, opened.component("reasoner"))
         samples_ms.append((machine.clock() - start_s) * 1e3)
     assert activated is not None, "at least one load was made"
-    return statistics.median(samples_ms), activated
+    return statistics.median(samples_ms), activated, cache
 
 
 def _measure_runs(
     bundle: Bundle,
     activated: Activated,
+    cache: KVCache,
     spec: DecoderSpec,
     options: BenchOptions,
     clock: Callable[[], float],
     advance: Callable[[str], None],
 ) -> list[_Run]:
-    engine = _engine(bundle, activated, clock)
+    engine = _engine(bundle, activated, cache, clock)
     params = SamplingParams(max_tokens=options.new_tokens)
     runs = []
     for number in range(options.repeats + 1):
         advance(f"run {number} of {options.repeats}" if number else "warm-up")
-        activated.decoder.rewind(0)
+        cache.rewind(0)
         prompt = random_prompt(spec.vocab_size, options.prompt_tokens, (options.seed, number))
         done = _drain(engine, prompt, params)
         if done.usage.cached_tokens or done.usage.completion_tokens != options.new_tokens:

@@ -23,7 +23,7 @@ from edge_reasoner.errors import CheckFailedError, ProfileError
 from edge_reasoner.machine.isa import ImportProbe, isa_features
 from edge_reasoner.machine.state import MachineState, installed_onnxruntime
 from edge_reasoner.machine.sysfs import read_text
-from edge_reasoner.query.assemble import DEFAULT_CONTEXT_TOKENS, Machine
+from edge_reasoner.query.assemble import Machine
 
 HOT_CELSIUS = 80.0
 _LIBRARIES = ("numpy", "tokenizers", "httpx", "jinja2", "msgspec", "click", "rich", "starlette", "uvicorn")
@@ -132,21 +132,13 @@ def warnings_of(
 
 def _check_component(bundle: Bundle, kind: str, machine: Machine) -> KernelCheck:
     cached = cached_activation(bundle, kind, threads=machine.threads, cache_dir=machine.cache_dir)
-    spec = bundle.component(kind).spec
     origin: Literal["cache", "run"] = "run" if cached is None else "cache"
     if cached is None:
         try:
-            activated = activate(
-                bundle,
-                kind,
-                threads=machine.threads,
-                cache_dir=machine.cache_dir,
-                # as the Reasoner opens it: a model's own context may need more memory than there is
-                context_tokens=min(spec.context_tokens, DEFAULT_CONTEXT_TOKENS),
-            )
+            activated = activate(bundle, kind, threads=machine.threads, cache_dir=machine.cache_dir)
         except CheckFailedError as error:
             return KernelCheck(kind, "failed", None, {}, False, (), str(error))
-        activated.session.close()
+        activated.model.close()
         cached = activated.activation
     return KernelCheck(
         kind, origin, cached.variant_id, cached.session_options, cached.reference, cached.reports, None

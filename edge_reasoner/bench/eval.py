@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from edge_reasoner.activation.activate import activate
-from edge_reasoner.backends.base import DecoderSession
+from edge_reasoner.backends.base import DecoderModel, KVCache
 from edge_reasoner.bench.questions import Question, is_correct, lettered_prompt
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.contract.bundle.manifest import DecoderSpec
@@ -44,13 +44,17 @@ class Result:
 
 
 class ChoiceScorer:
-    """Scores choices on one decoder session: the question is fed once, each choice rewinds to its end."""
+    """Scores choices with one cache of a decoder: the question is fed once."""
 
     def __init__(
-        self, session: DecoderSession, encode: Callable[[str], list[int]], bos_token_id: int | None
+        self,
+        model: DecoderModel,
+        cache: KVCache,
+        encode: Callable[[str], list[int]],
+        bos_token_id: int | None,
     ) -> None:
         """`encode`: text → token ids, nothing added; `bos_token_id` begins every text, if any."""
-        self._session = session
+        self._model, self._cache = model, cache
         self._encode = encode
         self._bos = [] if bos_token_id is None else [bos_token_id]
 
@@ -64,7 +68,7 @@ class ChoiceScorer:
         if start == 0:
             raise InputError("a choice can only be scored after a question of at least one token")
         sequences = [[*self._bos, *self._encode(context + text)] for text in continuations]
-        limit = self._session.context_tokens
+        limit = self._cache.context_tokens
         for sequence in sequences:
             if len(sequence) <= start:
                 raise InputError("a choice gives no token of its own")
@@ -75,9 +79,9 @@ class ChoiceScorer:
         shared = min(_common_prefix(sequences), start - 1)
         kept, scores = 0, []
         for sequence in sequences:
-            self._session.rewind(kept)
+            self._cache.rewind(kept)
             fed = np.asarray(sequence[kept:-1], np.int64)
-            logits = self._session.extend(fed, keep=len(sequence) - start)
+            logits = self._model.extend(self._cache, fed, len(sequence) - start).logits
             scores.append(_log_likelihood(logits, sequence[start:]))
             kept = shared
         return scores
@@ -100,17 +104,12 @@ def score_choices(
     if not isinstance(spec, DecoderSpec):
         raise BundleError(f"{bundle.root}: component 'reasoner' is not a decoder")
     tokenizer = open_tokenizer(bundle, component)
-    activated = activate(
-        bundle,
-        "reasoner",
-        threads=machine.threads,
-        cache_dir=machine.cache_dir,
-        context_tokens=min(spec.context_tokens, DEFAULT_CONTEXT_TOKENS),
-    )
+    activated = activate(bundle, "reasoner", threads=machine.threads, cache_dir=machine.cache_dir)
     bos = spec.bos_token_id if spec.bos_token_id is not None else tokenizer.bos_id
     results = []
-    with closing(activated.decoder) as session:
-        scorer = ChoiceScorer(session, tokenizer.encode, bos)
+    with closing(activated.decoder) as model:
+        cache = model.new_cache(min(spec.context_tokens, DEFAULT_CONTEXT_TOKENS))
+        scorer = ChoiceScorer(model, cache, tokenizer.encode, bos)
         for question in questions:
             try:
                 results.append(scorer.judge(question))

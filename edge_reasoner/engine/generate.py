@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_reasoner.backends.base import DecoderSession, Logits
+from edge_reasoner.backends.base import DecoderModel, KVCache, Logits
 from edge_reasoner.chat.model import FinishReason, Usage
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.engine.sampling import choose
@@ -64,14 +64,15 @@ def never_cancelled() -> bool:
 
 
 class Engine:
-    """One decoder session and the tokens in its cache. Not thread-safe; one generation at a time.
+    """One decoder with one cache, and the tokens in it. Not thread-safe; one generation at a time.
 
     Starting a generation ends an earlier one that was not exhausted.
     """
 
     def __init__(
         self,
-        session: DecoderSession,
+        model: DecoderModel,
+        cache: KVCache,
         tokenizer: TextTokenizer,
         *,
         eos_token_ids: Sequence[int],
@@ -79,7 +80,7 @@ class Engine:
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
     ) -> None:
         """`clock` returns monotonic seconds; `eos_token_ids` end an answer and are not part of its text."""
-        self._session = session
+        self._model, self._cache = model, cache
         self._tokenizer = tokenizer
         self._eos = frozenset(eos_token_ids)
         self._clock = clock
@@ -90,7 +91,7 @@ class Engine:
     @property
     def context_tokens(self) -> int:
         """Longest prompt and answer together, in tokens."""
-        return self._session.context_tokens
+        return self._cache.context_tokens
 
     def check_fits(self, prompt_tokens: int, context_tokens: int | None = None) -> int:
         """The context limit in force. Raises ContextOverflowError unless one answer token has room in it."""
@@ -109,7 +110,7 @@ class Engine:
         cancelled: Callable[[], bool] = never_cancelled,
         context_tokens: int | None = None,
     ) -> TokenStream:
-        """Answers `prompt_ids`. `context_tokens` lowers the session's own limit for this call.
+        """Answers `prompt_ids`. `context_tokens` lowers the cache's own limit for this call.
 
         The arguments are checked here, before any work; computing starts with the first `next`. Raises
         InputError, ContextOverflowError; while running BackendError.
@@ -117,14 +118,15 @@ class Engine:
         prompt = [int(token) for token in prompt_ids]
         if not prompt:
             raise InputError("the prompt is empty: at least one token is needed")
-        if min(prompt) < 0 or max(prompt) >= self._session.vocab_size:
-            raise InputError(f"prompt: token ids must be from 0 to {self._session.vocab_size - 1}")
+        if min(prompt) < 0 or max(prompt) >= self._model.vocab_size:
+            raise InputError(f"prompt: token ids must be from 0 to {self._model.vocab_size - 1}")
         limit = self.check_fits(len(prompt), context_tokens)
         return self._run(prompt, params, cancelled, limit)
 
     def close(self) -> None:
-        """Releases the session."""
-        self._session.close()
+        """Releases cache and model."""
+        self._cache.close()
+        self._model.close()
 
     def _run(
         self, prompt: list[int], params: SamplingParams, cancelled: Callable[[], bool], limit: int
@@ -188,15 +190,15 @@ class Engine:
         )
 
     def _reuse(self, prompt: list[int]) -> int:
-        if self._session.length_tokens != len(self._cached):
-            # A failed call or another user of the session: what it holds is not known.
+        if self._cache.length_tokens != len(self._cached):
+            # A failed call or another user of the cache: what it holds is not known.
             self._cached = []
         common = 0
         for cached, wanted in zip(self._cached, prompt[:-1], strict=False):
             if cached != wanted:
                 break
             common += 1
-        self._session.rewind(common)
+        self._cache.rewind(common)
         del self._cached[common:]
         return common
 
@@ -209,7 +211,7 @@ class Engine:
         return logits
 
     def _extend(self, tokens: list[int]) -> Logits:
-        logits = self._session.extend(np.asarray(tokens, np.int64), keep=1)
+        logits = self._model.extend(self._cache, np.asarray(tokens, np.int64)).logits
         self._cached.extend(tokens)
         return logits
 

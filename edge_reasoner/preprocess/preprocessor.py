@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_reasoner.backends.base import EncoderSession
+from edge_reasoner.backends.base import EncoderModel
 from edge_reasoner.engine.tokens import TextTokenizer
 from edge_reasoner.preprocess.features import PromptFeatures, extract
 
@@ -30,7 +30,7 @@ class Preprocessor:
 
     def __init__(
         self,
-        session: EncoderSession | None,
+        session: EncoderModel | None,
         tokenizer: TextTokenizer | None,
         *,
         clock: Callable[[], float],

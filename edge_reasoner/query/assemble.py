@@ -63,14 +63,10 @@ def open_local_model(
         raise BundleError(f"{bundle.root}: component {kind!r} is not a decoder")
     tokenizer = open_tokenizer(bundle, component)
     template = _open_template(bundle, component, tokenizer.config, machine)
-    activated = activate(
-        bundle,
-        kind,
-        threads=machine.threads,
-        cache_dir=machine.cache_dir,
-        context_tokens=context_tokens or min(spec.context_tokens, DEFAULT_CONTEXT_TOKENS),
-    )
-    engine = Engine(activated.decoder, tokenizer, eos_token_ids=spec.eos_token_ids, clock=machine.clock)
+    activated = activate(bundle, kind, threads=machine.threads, cache_dir=machine.cache_dir)
+    decoder = activated.decoder
+    cache = decoder.new_cache(context_tokens or min(spec.context_tokens, DEFAULT_CONTEXT_TOKENS))
+    engine = Engine(decoder, cache, tokenizer, eos_token_ids=spec.eos_token_ids, clock=machine.clock)
     model = LocalModel(
         engine,
         tokenizer,

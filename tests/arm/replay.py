@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 
 from edge_reasoner.activation.activate import Activated, activate
-from edge_reasoner.backends.base import DecoderSession, EncoderSession
-from edge_reasoner.contract.bundle.manifest import MAX_GOLDEN_BYTES, DecoderSpec, parse_golden
+from edge_reasoner.backends.base import DecoderModel, EncoderModel
+from edge_reasoner.contract.bundle.manifest import MAX_GOLDEN_BYTES, parse_golden
 from edge_reasoner.contract.bundle.open import Bundle, open_bundle
 from edge_reasoner.query.assemble import open_tokenizer
 
@@ -61,19 +61,18 @@ class Recorded(msgspec.Struct, frozen=True):
 
 
 def open_component(bundle: Bundle, kind: str, cache_dir: Path) -> Activated:
-    """Activates a component with one thread and a small context."""
-    decoder = isinstance(bundle.component(kind).spec, DecoderSpec)
-    context_tokens = CONTEXT_TOKENS if decoder else None
-    return activate(bundle, kind, threads=1, cache_dir=cache_dir, context_tokens=context_tokens)
+    """Activates a component with one thread."""
+    return activate(bundle, kind, threads=1, cache_dir=cache_dir)
 
 
-def logits_along(session: DecoderSession, prompt_ids: list[int], fed: list[int] | None) -> list[np.ndarray]:
+def logits_along(model: DecoderModel, prompt_ids: list[int], fed: list[int] | None) -> list[np.ndarray]:
     """Logits before each of `NEW_TOKENS` tokens; feeds `fed`, or if that is None its own greedy choice."""
-    session.rewind(0)
-    rows = [session.extend(np.array(prompt_ids, np.int64))[-1].copy()]
+    cache = model.new_cache(CONTEXT_TOKENS)
+    rows = [model.extend(cache, np.array(prompt_ids, np.int64)).logits[-1].copy()]
     for i in range(NEW_TOKENS - 1):
         token = int(rows[-1].argmax()) if fed is None else fed[i]
-        rows.append(session.extend(np.array([token], np.int64))[-1].copy())
+        rows.append(model.extend(cache, np.array([token], np.int64)).logits[-1].copy())
+    cache.close()
     return rows
 
 
@@ -96,7 +95,7 @@ def record(path: Path, cache_dir: Path) -> Recorded:
             kept = np.concatenate([np.argsort(row)[::-1][:TOP], spaced])
             steps.append(Step(tuple(kept.tolist()), tuple(row[kept].tolist())))
         recordings.append(Recording(prompt, tuple(prompt_ids), tuple(steps)))
-    activated.session.close()
+    activated.model.close()
     chosen = f"{activated.activation.variant_id} {activated.activation.session_options}"
     embeddings = record_embeddings(bundle, cache_dir)
     return Recorded(bundle.manifest.bundle_id, chosen, tolerance, tuple(recordings), embeddings)
@@ -108,10 +107,10 @@ def record_embeddings(bundle: Bundle, cache_dir: Path) -> tuple[Embedding, ...]:
     if component is None:
         return ()
     tokenizer = open_tokenizer(bundle, component)
-    session: EncoderSession = open_component(bundle, "preprocessor", cache_dir).encoder
+    model: EncoderModel = open_component(bundle, "preprocessor", cache_dir).encoder
     token_ids = [tokenizer.encode(prompt, add_special=True) for prompt in PROMPTS]
-    vectors = session.embed(token_ids)
-    session.close()
+    vectors = model.embed(token_ids)
+    model.close()
     return tuple(Embedding(tuple(ids), tuple(v.tolist())) for ids, v in zip(token_ids, vectors, strict=True))
 
 

@@ -52,7 +52,7 @@ def reasoner_component(cache_dir):
     """The activated decoder."""
     activated = open_component(open_bundle(BUNDLE), "reasoner", cache_dir)
     yield activated
-    activated.session.close()
+    activated.model.close()
 
 
 def test_probe_names_the_core_s_features():

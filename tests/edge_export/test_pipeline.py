@@ -19,7 +19,7 @@ from edge_export.options import ExportOptions
 from edge_export.pipeline import export
 from edge_reasoner.activation.activate import activate
 from edge_reasoner.backends.golden import try_decoder
-from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession
+from edge_reasoner.backends.onnxruntime.decoder import OrtDecoder
 from edge_reasoner.contract.bundle.manifest import MAX_GOLDEN_BYTES, parse_golden
 from edge_reasoner.contract.bundle.open import open_bundle
 from edge_reasoner.contract.profile import load_profile
@@ -80,16 +80,16 @@ def test_bundles_open_activate_and_reproduce(case, recipe, board, tmp_path):
     names = {variant.id for variant in component.variants}
     assert names == ({"cpu-float32"} if recipe in ("fp32", "fp16") else {"cpu-float32", "cpu-int8-dot"})
     for variant in component.variants:
-        session = OrtDecoderSession(bundle.path_of(variant.graph), component.spec, threads=1)
-        trial = try_decoder(session, golden, time.monotonic)
+        model = OrtDecoder(bundle.path_of(variant.graph), component.spec, threads=1)
+        trial = try_decoder(model, golden, time.monotonic)
         assert trial.problem == ""
         assert not variant.reference or trial.error <= (
             2e-2 if component.spec.kv_dtype == "float16" else 2e-3
         )
-        session.close()
+        model.close()
     active = activate(bundle, "reasoner", threads=1, cache_dir=tmp_path / "cache")
     assert active.activation.reports[0].passed
-    active.session.close()
+    active.model.close()
     assert report.quality == dict(component.quality) and report.bundle == tmp_path / "out"
     assert component.plan == json.loads(json.dumps(report.plan))
     assert component.spec.bos_token_id is None and component.spec.eos_token_ids[0] == 1
@@ -170,7 +170,7 @@ def test_a_preprocessor_beside_the_model(model, tmp_path):
     assert {"reasoner_bytes", "preprocessor_bytes"} <= set(report.sizes)
     active = activate(bundle, "preprocessor", threads=1, cache_dir=tmp_path / "cache")
     assert active.encoder.embed([[2, 5, 3]]).shape == (1, 64)
-    active.session.close()
+    active.model.close()
     assert bundle.component("preprocessor").quality["mean_cosine"] > 0.98
 
 

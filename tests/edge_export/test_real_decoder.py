@@ -6,11 +6,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from support.sequences import OneSequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from edge_export.options import ExportOptions
 from edge_export.pipeline import export
-from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession
+from edge_reasoner.backends.onnxruntime.decoder import OrtDecoder
 from edge_reasoner.contract.bundle.open import open_bundle
 
 pytestmark = pytest.mark.real_model
@@ -73,7 +74,7 @@ def session(smollm2_gguf, tmp_path_factory):
     )
     bundle = open_bundle(folder)
     component = bundle.component("reasoner")
-    opened = OrtDecoderSession(bundle.path_of(component.variants[-1].graph), component.spec, threads=2)
+    opened = OneSequence(OrtDecoder(bundle.path_of(component.variants[-1].graph), component.spec, threads=2))
     yield opened
     opened.close()
 
@@ -86,7 +87,7 @@ def test_logits_equal_transformers(smollm2, session):
     session.rewind(0)
     worst = 0.0
     for piece in np.split(np.arange(256), [200, 201, 202, 203, 204]):
-        found = session.extend(ids.numpy()[piece], keep=len(piece)).reshape(len(piece), -1)
+        found = session.extend(ids.numpy()[piece], num_logits=len(piece)).reshape(len(piece), -1)
         worst = max(worst, float(np.abs(found - expected[piece]).max()))
     assert worst <= 2e-3
 

@@ -1,4 +1,4 @@
-"""A local chat model over the fake session that answers from a table."""
+"""A local chat model over the fake decoder that answers from a table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import datetime
 
 from support.tiny_tokenizers import byte_level, wrap
 
-from edge_reasoner.backends.fake import FakeDecoderSession
+from edge_reasoner.backends.fake import FakeDecoder
 from edge_reasoner.contract.bundle.tokenizer_files import TokenizerConfig
 from edge_reasoner.contract.template.render import ChatTemplate
 from edge_reasoner.engine.generate import Engine
@@ -44,8 +44,10 @@ def scripted_model(
         return rest[0] if rest else eos
 
     ticks = itertools.count()
+    decoder = FakeDecoder(tokenizer.vocab_size, context_tokens, script)
     engine = Engine(
-        FakeDecoderSession(tokenizer.vocab_size, context_tokens, script),
+        decoder,
+        decoder.new_cache(),
         tokenizer,
         eos_token_ids=[eos],
         clock=lambda: next(ticks) * 1e-3,

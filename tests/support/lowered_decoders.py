@@ -1,11 +1,13 @@
-"""Decoders lowered without the pipeline around them, opened on the device's own session."""
+"""Decoders lowered without the pipeline around them, opened on the device's own backend."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import torch
+from support.sequences import OneSequence
 
 from edge_export.lower.decoder_onnx import GraphOptions, write_decoder_graph
 from edge_export.model.config import DecoderConfig, TensorSource
@@ -14,7 +16,7 @@ from edge_export.plan.plan import plan_decoder
 from edge_export.stages.store_decoder import store_decoder
 from edge_export.storage.decoder import StoredDecoder
 from edge_export.storage.stage_cache import Notes
-from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession
+from edge_reasoner.backends.onnxruntime.decoder import OrtDecoder
 from edge_reasoner.contract.bundle.manifest import DecoderSpec
 from edge_reasoner.contract.profile import DeviceProfile
 
@@ -80,10 +82,9 @@ def logits_in_pieces(
     path: Path, spec: DecoderSpec, token_ids: torch.Tensor, sizes: list[int]
 ) -> torch.Tensor:
     """Logits [T, vocab] of token ids [T] fed in pieces of these sizes, all positions kept."""
-    session = OrtDecoderSession(path, spec, threads=1)
-    rows = [
-        torch.from_numpy(session.extend(piece.numpy(), keep=len(piece)).copy()).reshape(len(piece), -1)
-        for piece in token_ids.split(sizes)
-    ]
-    session.close()
+    with closing(OneSequence(OrtDecoder(path, spec, threads=1))) as sequence:
+        rows = [
+            torch.from_numpy(sequence.extend(piece.numpy(), len(piece)).copy()).reshape(len(piece), -1)
+            for piece in token_ids.split(sizes)
+        ]
     return torch.cat(rows)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from edge_reasoner.activation.activate import activate
 from edge_reasoner.backends.golden import try_decoder
-from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession, runtime_version
+from edge_reasoner.backends.onnxruntime.decoder import OrtDecoder
+from edge_reasoner.backends.onnxruntime.session import runtime_version
 from edge_reasoner.contract.bundle.manifest import MAX_GOLDEN_BYTES, parse_golden
 from edge_reasoner.contract.bundle.open import open_bundle
 
@@ -23,16 +24,16 @@ def _main(path: str, cache: str) -> None:
     golden = parse_golden(bundle.read_bytes(component.golden, MAX_GOLDEN_BYTES), component.golden)
     trials = {}
     for variant in component.variants:
-        session = OrtDecoderSession(bundle.path_of(variant.graph), component.spec, threads=1)
-        trial = try_decoder(session, golden, time.monotonic)
+        model = OrtDecoder(bundle.path_of(variant.graph), component.spec, threads=1)
+        trial = try_decoder(model, golden, time.monotonic)
         trials[variant.id] = {
             "reference": variant.reference,
             "error": trial.error,
             "problem": trial.problem,
         }
-        session.close()
+        model.close()
     active = activate(bundle, "reasoner", threads=1, cache_dir=Path(cache))
-    active.session.close()
+    active.model.close()
     chosen = active.activation.variant_id
     print(json.dumps({"runtime": runtime_version(), "chosen": chosen, "variants": trials}))
 

@@ -39,10 +39,10 @@ def measure(run: Run, verified: Verified) -> Measured:
 def _decoder(run: Run, verified: Verified) -> _Quality:
     checkpoint, stored = verified.decoder, of(StoredDecoder, verified.stored)
     spec, threads = of(DecoderSpec, verified.spec), verified.options.threads
-    with open_decoder(run.bundle, spec, verified.variants[0], threads) as session:
+    with open_decoder(run.bundle, spec, verified.variants[0], threads) as model:
         quality = measure_quality(
             checkpoint.config,
-            session,
+            model,
             verified.texts.quality,
             stored.original_states[len(decoder_sequences(verified)) :],
             original_head(checkpoint.config, checkpoint.source),
@@ -54,8 +54,8 @@ def _decoder(run: Run, verified: Verified) -> _Quality:
 def _encoder(run: Run, verified: Verified) -> _Quality:
     run.progress("measuring the encoder", 0, 1)
     spec, threads = of(EncoderSpec, verified.spec), verified.options.threads
-    with open_encoder(run.bundle, spec, verified.variants[0], threads) as session:
-        return _Quality(encoder_quality(verified.encoder, session, verified.texts.sentences))
+    with open_encoder(run.bundle, spec, verified.variants[0], threads) as model:
+        return _Quality(encoder_quality(verified.encoder, model, verified.texts.sentences))
 
 
 def _check_quality(quality: Mapping[str, float], least: float | None) -> None:

@@ -22,7 +22,7 @@ from edge_export.model.stream import DEFAULT_CHUNK_ROWS, head_name
 from edge_export.progress import Progress
 from edge_export.storage.decoder import StoredDecoder
 from edge_export.storage.matrices import stored_rows
-from edge_reasoner.backends.base import DecoderSession
+from edge_reasoner.backends.base import DecoderModel, KVCache
 from edge_reasoner.contract.bundle.manifest import DecoderGolden, GoldenCheck, GoldenSet
 
 #: Of each golden position: the logits of so many best tokens, and of so many others spread over the rest.
@@ -120,7 +120,7 @@ def stored_head(config: DecoderConfig, data_path: Path, stored: StoredDecoder) -
 
 def measure_quality(
     config: DecoderConfig,
-    session: DecoderSession,
+    model: DecoderModel,
     texts: Sequence[torch.Tensor],
     original_states: Sequence[torch.Tensor],
     head: HeadRows,
@@ -136,15 +136,17 @@ def measure_quality(
     graph_log_probs: list[NDArray[np.float64]] = []
     original_log_probs: list[NDArray[np.float64]] = []
     offset = 0
+    cache = model.new_cache(max(map(len, texts)))
     for number, tokens in enumerate(texts):
         progress("measuring quality", number, len(texts))
         ids = tokens.numpy()
-        got = [_row_figures(logits, ids[1:], start) for start, logits in _scored(session, ids)]
+        got = [_row_figures(logits, ids[1:], start) for start, logits in _scored(model, cache, ids)]
         mine = slice(offset, offset + len(ids))
         agree.append(np.concatenate([choice for choice, _ in got]) == choices[mine])
         graph_log_probs.append(np.concatenate([log_prob for _, log_prob in got]))
         original_log_probs.append(log_probs[mine][:-1])
         offset += len(ids)
+    cache.close()
     hits = np.concatenate(agree)
     share = float(hits.mean())
     return Quality(
@@ -161,12 +163,14 @@ def _perplexity(log_probs: NDArray[np.float64]) -> float:
     return math.exp(min(-float(log_probs.mean()), _MAX_NATS))
 
 
-def _scored(session: DecoderSession, ids: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def _scored(
+    model: DecoderModel, cache: KVCache, ids: NDArray[np.int64]
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """(first position, logits) of a text, a few positions at a time."""
-    session.rewind(0)
+    cache.rewind(0)
     for start in range(0, len(ids), _SCORED_TOKENS):
         chunk = ids[start : start + _SCORED_TOKENS]
-        yield start, session.extend(chunk, keep=len(chunk))
+        yield start, model.extend(cache, chunk, len(chunk)).logits
 
 
 def _row_figures(

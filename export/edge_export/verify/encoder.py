@@ -19,7 +19,7 @@ from edge_export.model.encoder import Encoder, encoder_tensor_shapes, padded_bat
 from edge_export.plan.encoder import encoder_weights
 from edge_export.storage.encoder import StoredEncoder
 from edge_export.storage.matrices import stored_rows
-from edge_reasoner.backends.base import EncoderSession
+from edge_reasoner.backends.base import EncoderModel
 from edge_reasoner.contract.bundle.manifest import EncoderGolden, GoldenSet
 from edge_reasoner.errors import InputError
 
@@ -85,16 +85,16 @@ def encoder_golden(
 
 
 def encoder_quality(
-    checkpoint: EncoderCheckpoint, session: EncoderSession, sentences: Sequence[str]
+    checkpoint: EncoderCheckpoint, model: EncoderModel, sentences: Sequence[str]
 ) -> dict[str, float]:
-    """Cosines between a session's embeddings and the checkpoint's own in float32 torch, on `sentences`.
+    """Cosines between a model's embeddings and the checkpoint's own in float32 torch, on `sentences`.
 
     Returns mean_cosine, mean_cosine_stderr (standard error of the mean; 0 for one sentence), min_cosine and
     sentences (their number). Raises InputError without sentences.
     """
     token_ids = _tokenize(checkpoint, sentences, checkpoint.config.context_tokens)
     expected = embed_with_torch(Encoder.from_source(checkpoint.config, checkpoint.source), token_ids)
-    got = torch.from_numpy(session.embed(token_ids))
+    got = torch.from_numpy(model.embed(token_ids))
     cosines = torch.nn.functional.cosine_similarity(got.double(), expected.double(), dim=-1)
     count = len(cosines)
     spread = float(cosines.std()) if count > 1 else 0.0

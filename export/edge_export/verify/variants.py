@@ -9,34 +9,33 @@ from pathlib import Path
 
 from edge_export.progress import Progress
 from edge_export.verify.tolerance import EXACT, FAST
-from edge_reasoner.backends.base import DecoderSession, EncoderSession
+from edge_reasoner.backends import load_backend
+from edge_reasoner.backends.base import DecoderModel, EncoderModel
 from edge_reasoner.backends.golden import try_decoder, try_encoder
-from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession, OrtEncoderSession
 from edge_reasoner.contract.bundle.manifest import DecoderSpec, EncoderSpec, GoldenSet, Variant
 from edge_reasoner.errors import VerificationError
 
 
 @contextmanager
-def open_decoder(folder: Path, spec: DecoderSpec, variant: Variant, threads: int) -> Iterator[DecoderSession]:
+def open_decoder(folder: Path, spec: DecoderSpec, variant: Variant, threads: int) -> Iterator[DecoderModel]:
     """A variant of the bundle in `folder`."""
-    session = OrtDecoderSession(
+    model = load_backend(variant.backend).open_decoder(
         folder / variant.graph,
         spec,
         provider=variant.execution_provider,
         session_options=variant.session_options,
         threads=threads,
-        context_tokens=None,
     )
     try:
-        yield session
+        yield model
     finally:
-        session.close()
+        model.close()
 
 
 @contextmanager
-def open_encoder(folder: Path, spec: EncoderSpec, variant: Variant, threads: int) -> Iterator[EncoderSession]:
+def open_encoder(folder: Path, spec: EncoderSpec, variant: Variant, threads: int) -> Iterator[EncoderModel]:
     """A variant of the bundle in `folder`."""
-    session = OrtEncoderSession(
+    model = load_backend(variant.backend).open_encoder(
         folder / variant.graph,
         spec,
         provider=variant.execution_provider,
@@ -44,9 +43,9 @@ def open_encoder(folder: Path, spec: EncoderSpec, variant: Variant, threads: int
         threads=threads,
     )
     try:
-        yield session
+        yield model
     finally:
-        session.close()
+        model.close()
 
 
 def judge_decoder(
@@ -65,8 +64,8 @@ def judge_decoder(
     kept, warnings, error = [], [], 0.0
     for number, variant in enumerate(variants):
         progress("verifying on the device backend", number, len(variants))
-        with open_decoder(folder, spec, variant, threads) as session:
-            trial = try_decoder(session, golden, time.perf_counter)
+        with open_decoder(folder, spec, variant, threads) as model:
+            trial = try_decoder(model, golden, time.perf_counter)
         exact = FAST["fp16"] if spec.kv_dtype == "float16" else EXACT
         if variant.reference and (trial.error > max(exact, _float_tolerance(golden)) or trial.problem):
             raise VerificationError(
@@ -92,8 +91,8 @@ def judge_encoder(
     """Raises VerificationError unless every variant reproduces torch."""
     for number, variant in enumerate(variants):
         progress("verifying the encoder", number, len(variants))
-        with open_encoder(folder, spec, variant, threads) as session:
-            trial = try_encoder(session, golden, time.perf_counter)
+        with open_encoder(folder, spec, variant, threads) as model:
+            trial = try_encoder(model, golden, time.perf_counter)
         if trial.problem:
             raise VerificationError(f"{variant.graph}: does not reproduce torch: {trial.problem}")
 

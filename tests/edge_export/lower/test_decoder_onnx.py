@@ -9,13 +9,14 @@ import onnx
 import pytest
 import torch
 from support.lowered_decoders import MemorySource, decoder_spec, logits_in_pieces, lower_decoder
+from support.sequences import OneSequence
 from support.tiny_models import CASES, close, logits_of, make_model, tokens
 
 from edge_export.checkpoint.load import load_checkpoint
 from edge_export.lower.decoder_onnx import GraphOptions, write_decoder_graph
 from edge_export.model.decoder import Decoder
 from edge_export.storage.matrices import stored_rows
-from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession
+from edge_reasoner.backends.onnxruntime.decoder import OrtDecoder
 from edge_reasoner.contract.profile import list_profiles, load_profile
 
 PROFILE = load_profile("generic-x86")
@@ -49,11 +50,11 @@ def test_only_the_last_positions(lowered):
     """Keeping one position of a prefill, then stepping, gives the same logits as keeping all."""
     model, path, spec = lowered
     expected = logits_of(model, tokens())[0]
-    session = OrtDecoderSession(path, spec, threads=1)
+    session = OneSequence(OrtDecoder(path, spec, threads=1))
     ids = tokens()[0].numpy()
     for stop, keep in ((30, 1), (31, 1), (40, 3)):
         start = session.length_tokens
-        found = torch.from_numpy(session.extend(ids[start:stop], keep=keep).copy()).reshape(keep, -1)
+        found = torch.from_numpy(session.extend(ids[start:stop], num_logits=keep).copy()).reshape(keep, -1)
         assert close(found, expected[stop - keep : stop], relative=2e-4)
     session.rewind(10)
     again = torch.from_numpy(session.extend(ids[10:11]).copy())

@@ -18,7 +18,7 @@ from edge_export.model.encoder import encoder_tensor_shapes
 from edge_export.plan.recipes import RECIPES
 from edge_export.verify.encoder import GOLDEN_TEXTS, encoder_golden, encoder_quality
 from edge_reasoner.backends.golden import check_golden, try_encoder
-from edge_reasoner.backends.onnxruntime_backend import OrtEncoderSession
+from edge_reasoner.backends.onnxruntime.encoder import OrtEncoder
 from edge_reasoner.contract.profile.load import load_profile
 from edge_reasoner.errors import InputError, TargetError
 
@@ -34,8 +34,8 @@ def golden_of(folder, lowered, texts=TEXTS):
 
 
 def open_variant(folder, lowered, index=0):
-    """The device's own session on a variant."""
-    return OrtEncoderSession(folder / lowered.variants[index].graph, lowered.spec, threads=1)
+    """The device's own model of a variant."""
+    return OrtEncoder(folder / lowered.variants[index].graph, lowered.spec, threads=1)
 
 
 @pytest.fixture(scope="module")

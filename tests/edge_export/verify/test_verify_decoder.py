@@ -26,7 +26,7 @@ from edge_export.verify.decoder import (
 from edge_export.verify.tolerance import EXACT, FAST
 from edge_export.verify.variants import judge_decoder
 from edge_reasoner.backends.golden import check_golden
-from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession
+from edge_reasoner.backends.onnxruntime.decoder import OrtDecoder
 from edge_reasoner.contract.bundle.manifest import Variant
 from edge_reasoner.contract.profile import load_profile
 from edge_reasoner.errors import VerificationError
@@ -184,10 +184,10 @@ def test_quality_against_transformers(tmp_path):
         changed.config, changed.source, PROFILE, "fp32", tmp_path, context_tokens=256
     )
     texts = [tokens(150, 3)[0], tokens(7, 4)[0]]
-    session = OrtDecoderSession(path, spec, threads=1)
+    decoder = OrtDecoder(path, spec, threads=1)
     states = stream_hidden(config, source, texts)
-    quality = measure_quality(config, session, texts, states, original_head(config, source), quiet)
-    session.close()
+    quality = measure_quality(config, decoder, texts, states, original_head(config, source), quiet)
+    decoder.close()
     tables = [[logits_of(m, ids[None])[0] for ids in texts] for m in (model, other)]
     agreed = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(*tables, strict=True)]).float()
     perplexities = []

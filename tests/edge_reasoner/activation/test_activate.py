@@ -7,12 +7,14 @@ import msgspec
 import numpy as np
 import pytest
 from support import tiny_graphs as tiny
+from support.sequences import OneSequence
 from support.tiny_bundle import TOKENS, decoder_golden, variant, with_tolerance, write_bundle
 
 from edge_reasoner.activation import activate as module
 from edge_reasoner.activation.activate import activate, cached_activation, default_cache_dir
 from edge_reasoner.backends import golden as golden_module
-from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession, runtime_version
+from edge_reasoner.backends.onnxruntime.decoder import OrtDecoder
+from edge_reasoner.backends.onnxruntime.session import runtime_version
 from edge_reasoner.contract.bundle.open import open_bundle
 from edge_reasoner.errors import BackendError, BundleError, TargetError, VerificationError
 from edge_reasoner.machine.isa import ImportProbe, isa_features
@@ -30,8 +32,8 @@ def expected(tmp_path_factory):
         import transformers  # noqa: F401
     except ImportError:
         path = tiny.save(tiny.decoder_model(tiny.weights()), tmp_path_factory.mktemp("g") / "g.onnx")
-        session = OrtDecoderSession(path, tiny.decoder_spec())
-        return session.extend(np.array(TOKENS), keep=len(TOKENS)).copy()
+        sequence = OneSequence(OrtDecoder(path, tiny.decoder_spec()))
+        return sequence.extend(np.array(TOKENS), len(TOKENS)).copy()
     return tiny.reference_logits(tiny.weights(), list(TOKENS))
 
 
@@ -64,8 +66,7 @@ def test_the_fast_variant_that_passes_is_taken_and_the_reference_is_not_tried(tm
     assert (activation.variant_id, activation.reference, result.from_cache) == ("int4", False, False)
     assert {report.variant_id for report in activation.reports} == {"int4"}
     assert 0 < activation.reports[0].error < 0.15
-    assert result.decoder.length_tokens == 0
-    result.session.close()
+    result.model.close()
 
 
 def test_a_wrong_kernel_falls_back_to_the_reference(tmp_path, golden):
@@ -75,7 +76,7 @@ def test_a_wrong_kernel_falls_back_to_the_reference(tmp_path, golden):
     assert (result.activation.variant_id, result.activation.reference) == ("fp32", True)
     refused = result.activation.reports[0]
     assert not refused.passed and "relative RMS error" in refused.reason and refused.step_ms is None
-    result.session.close()
+    result.model.close()
 
 
 @needs_int8_kernels
@@ -85,7 +86,7 @@ def test_a_level_that_is_too_coarse_is_refused(tmp_path, golden):
     result = start(root, tmp_path / "cache")
     assert result.activation.reference
     assert max(report.error for report in result.activation.reports if report.passed) < 1e-4
-    result.session.close()
+    result.model.close()
 
 
 @needs_int8_kernels
@@ -102,8 +103,8 @@ def test_fp32_arithmetic_on_the_same_weights_is_a_last_resort(tmp_path, golden):
     assert result.activation.session_options == {"mlas.qnbit.force_fp32": "1"}
     again = start(root, tmp_path / "cache")
     assert again.from_cache
-    again.session.close()
-    result.session.close()
+    again.model.close()
+    result.model.close()
 
 
 def test_none_passes(tmp_path, golden):
@@ -125,7 +126,7 @@ def test_the_fastest_of_several_is_taken(tmp_path, golden, monkeypatch):
     result = start(root, tmp_path / "cache", clock=lambda: next(ticks))
     assert result.activation.variant_id == "fp32"
     assert [report.step_ms for report in result.activation.reports] == [2.0, 1.0]
-    result.session.close()
+    result.model.close()
 
 
 def test_the_choice_is_cached_and_a_corrupt_cache_is_ignored(tmp_path, golden):
@@ -148,11 +149,11 @@ def test_the_choice_is_cached_and_a_corrupt_cache_is_ignored(tmp_path, golden):
         file.write_text(damaged)
         again = start(root, cache)
         assert not again.from_cache and again.activation.variant_id == "int4"
-        again.session.close()
+        again.model.close()
     other_threads = activate(bundle, "reasoner", threads=2, cache_dir=cache)
     assert not other_threads.from_cache
     for result in (first, second, other_threads):
-        result.session.close()
+        result.model.close()
 
 
 def test_generic_options_are_tried_on_arm(tmp_path, golden, monkeypatch):
@@ -163,7 +164,7 @@ def test_generic_options_are_tried_on_arm(tmp_path, golden, monkeypatch):
         {},
         {"mlas.disable_kleidiai": "1"},
     ]
-    result.session.close()
+    result.model.close()
 
 
 def test_encoder(tmp_path, golden):
@@ -172,14 +173,14 @@ def test_encoder(tmp_path, golden):
     result = start(root, tmp_path / "cache", "preprocessor")
     assert result.encoder.embed([[1, 2]]).shape == (1, tiny.HIDDEN)
     assert result.activation.reports[0].error < 1e-5
-    result.session.close()
+    result.model.close()
 
 
 def test_context_smaller_than_the_vectors(tmp_path, golden):
-    """The wanted context holds even where the self-test needed more."""
-    result = start(write_bundle(tmp_path / "b", golden), tmp_path / "cache", context_tokens=16)
-    assert result.decoder.context_tokens == 16
-    result.session.close()
+    """A cache may be smaller than what the self-test needed."""
+    result = start(write_bundle(tmp_path / "b", golden), tmp_path / "cache")
+    assert result.decoder.new_cache(16).context_tokens == 16
+    result.model.close()
 
 
 @pytest.mark.parametrize(
@@ -205,9 +206,9 @@ def test_a_wheel_that_dies_on_import_is_reported_before_it_is_imported(tmp_path,
     bad = ImportProbe(module="onnxruntime", safe=False, conclusive=True, message="dies with SIGILL")
     with pytest.raises(BackendError, match="SIGILL"):
         start(root, tmp_path / "cache", probe_import=lambda: bad)
-    start(root, tmp_path / "cache").session.close()
+    start(root, tmp_path / "cache").model.close()
     # a good answer is remembered
-    start(root, tmp_path / "cache", probe_import=lambda: bad).session.close()
+    start(root, tmp_path / "cache", probe_import=lambda: bad).model.close()
 
 
 @pytest.mark.parametrize(
@@ -271,4 +272,4 @@ def test_activation_is_plain_json(tmp_path, golden):
     plain = json.loads(msgspec.json.encode(result.activation))
     assert {"variant_id", "session_options", "machine", "reports", "reference"} <= plain.keys()
     assert {"architecture", "cpu", "isa", "runtime", "threads"} == plain["machine"].keys()
-    result.session.close()
+    result.model.close()

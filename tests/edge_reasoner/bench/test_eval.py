@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.answering_bundle import reference_log_likelihood, tokenizer, write_answering_bundle
 
-from edge_reasoner.backends.fake import FakeDecoderSession
+from edge_reasoner.backends.fake import FakeDecoder
 from edge_reasoner.bench.eval import ChoiceScorer, Result, score_choices, summarize
 from edge_reasoner.bench.questions import Question
 from edge_reasoner.contract.bundle.open import open_bundle
@@ -45,13 +45,13 @@ def test_scores_against_transformers(tmp_path: Path) -> None:
 
 def test_log_likelihoods_against_transformers(tmp_path: Path) -> None:
     """The log-likelihoods themselves: within 1e-3 nats, in any order, whatever was scored before."""
-    from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession
+    from edge_reasoner.backends.onnxruntime.decoder import OrtDecoder
 
     bundle = open_bundle(write_answering_bundle(tmp_path / "bundle", exact=True))
     component = bundle.component("reasoner")
-    session = OrtDecoderSession(bundle.path_of("graphs/fp32.onnx"), component.spec, context_tokens=128)
+    model = OrtDecoder(bundle.path_of("graphs/fp32.onnx"), component.spec)
     encode = tokenizer().encode
-    scorer = ChoiceScorer(session, lambda text: encode(text).ids, BOS)
+    scorer = ChoiceScorer(model, model.new_cache(128), lambda text: encode(text).ids, BOS)
     for context, choices in (
         ("Why is it?", [" so", " so it is", " no"]),
         ("Z", ["a", "b"]),
@@ -64,18 +64,18 @@ def test_log_likelihoods_against_transformers(tmp_path: Path) -> None:
 
 def test_shared_context_is_fed_once() -> None:
     """Only the last token of the question and each choice's own tokens are fed again."""
-    session = FakeDecoderSession(300, 256)
-    scorer = ChoiceScorer(session, lambda text: list(text.encode()), None)
+    model = FakeDecoder(300, 256)
+    scorer = ChoiceScorer(model, model.new_cache(), lambda text: list(text.encode()), None)
     scores = scorer.score("q" * 100, [" a", " bcd"])
     assert scores == pytest.approx([-2 * math.log(300), -4 * math.log(300)])
-    assert (session.fed_tokens, session.calls) == (100 + 1 + (1 + 3), 2)
+    assert (model.fed_tokens, model.calls) == (100 + 1 + (1 + 3), 2)
 
 
 def test_tokens_that_merge_across_the_boundary() -> None:
     """A tokenizer that merges question and choice: the tokens beyond the question's own number count."""
-    session = FakeDecoderSession(300, 64)
+    model = FakeDecoder(300, 64)
     encode = {"ab": [1, 2], "ab c": [1, 9], "ab cd": [1, 9, 4], "ab x": [1, 2, 7]}
-    scorer = ChoiceScorer(session, lambda text: encode[text], None)
+    scorer = ChoiceScorer(model, model.new_cache(), lambda text: encode[text], None)
     assert scorer.score("ab", [" cd", " x"]) == pytest.approx([-math.log(300)] * 2)
     with pytest.raises(InputError, match="no token"):
         scorer.score("ab", [" c", " x"])
@@ -83,7 +83,8 @@ def test_tokens_that_merge_across_the_boundary() -> None:
 
 def test_what_cannot_be_scored() -> None:
     """An empty question and one that does not fit are clear errors."""
-    scorer = ChoiceScorer(FakeDecoderSession(300, 16), lambda text: list(text.encode()), None)
+    model = FakeDecoder(300, 16)
+    scorer = ChoiceScorer(model, model.new_cache(), lambda text: list(text.encode()), None)
     with pytest.raises(InputError, match="at least one token"):
         scorer.score("", ["a", "b"])
     with pytest.raises(ContextOverflowError, match="16"):

@@ -1,4 +1,4 @@
-"""The decode loop on a scripted session."""
+"""The decode loop on a scripted model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_tokenizers import byte_level, wrap
 
-from edge_reasoner.backends.fake import FakeDecoderSession
+from edge_reasoner.backends.fake import FakeDecoder
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.engine.generate import Engine, GeneratedToken, Generation, TokenStream
 from edge_reasoner.engine.stopping import StopMatcher
@@ -34,9 +34,16 @@ def _eos() -> int:
 def _engine(answer: str, context_tokens: int = 256, prompt_tokens: int = len(PROMPT), **options) -> Engine:
     ids = [*_tokenizer().encode(answer), _eos()]
     script = {prompt_tokens + i: token for i, token in enumerate(ids)}
-    session = FakeDecoderSession(_tokenizer().vocab_size, context_tokens, script)
+    model = FakeDecoder(_tokenizer().vocab_size, context_tokens, script)
     clock = itertools.count().__next__
-    return Engine(session, _tokenizer(), eos_token_ids=[_eos()], clock=lambda: clock() * 0.001, **options)
+    return Engine(
+        model,
+        model.new_cache(),
+        _tokenizer(),
+        eos_token_ids=[_eos()],
+        clock=lambda: clock() * 0.001,
+        **options,
+    )
 
 
 def _drain(stream: TokenStream) -> tuple[list[GeneratedToken], Generation]:
@@ -118,13 +125,13 @@ def test_stop_matcher_does_not_depend_on_cuts(text: str, stop: list[str], cuts: 
 def test_prefix_is_reused() -> None:
     """A second turn recomputes only what follows the common prefix; the same prompt only its last token."""
     engine = _engine("the fox")
-    session = engine._session
+    model = engine._model
     _, first = _drain(engine.generate(PROMPT, SamplingParams()))
-    fed = session.fed_tokens
+    fed = model.fed_tokens
     second_prompt = [*PROMPT, *first.token_ids, 60, 61]
     _, second = _drain(engine.generate(second_prompt, SamplingParams(max_tokens=1)))
     assert second.usage.cached_tokens == len(PROMPT) + len(first.token_ids) - 1
-    assert session.fed_tokens - fed == len(second_prompt) - second.usage.cached_tokens
+    assert model.fed_tokens - fed == len(second_prompt) - second.usage.cached_tokens
     _, again = _drain(engine.generate(PROMPT, SamplingParams()))
     assert again.usage.cached_tokens == len(PROMPT) - 1 and again.text == "the fox"
     _, other = _drain(engine.generate([60, *PROMPT[1:]], SamplingParams(max_tokens=1)))
@@ -153,7 +160,7 @@ def test_cancellation() -> None:
     engine = _engine("the", prefill_chunk_tokens=1)
     calls = itertools.count()
     tokens, done = _drain(engine.generate(PROMPT, SamplingParams(), cancelled=lambda: next(calls) >= 2))
-    assert (tokens, done.finish_reason, engine._session.fed_tokens) == ([], "cancelled", 2)
+    assert (tokens, done.finish_reason, engine._model.fed_tokens) == ([], "cancelled", 2)
 
 
 def test_chunked_prefill_gives_the_same_answer() -> None:
@@ -166,22 +173,23 @@ def test_chunked_prefill_gives_the_same_answer() -> None:
 def test_failed_call_starts_afresh() -> None:
     """After a backend failure the next answer does not build on a cache that nobody knows."""
 
-    class Failing(FakeDecoderSession):
+    class Failing(FakeDecoder):
         fail = False
 
-        def extend(self, token_ids, keep=1):
+        def extend(self, cache, token_ids, num_logits=1, *, hidden=False):
             if self.fail:
                 raise BackendError("broken")
-            return super().extend(token_ids, keep)
+            return super().extend(cache, token_ids, num_logits, hidden=hidden)
 
-    session = Failing(_tokenizer().vocab_size, 64, {4: _eos()})
-    engine = Engine(session, _tokenizer(), eos_token_ids=[_eos()], clock=lambda: 0.0)
+    model = Failing(_tokenizer().vocab_size, 64, {4: _eos()})
+    cache = model.new_cache()
+    engine = Engine(model, cache, _tokenizer(), eos_token_ids=[_eos()], clock=lambda: 0.0)
     _drain(engine.generate(PROMPT, SamplingParams()))
-    session.fail = True
+    model.fail = True
     with pytest.raises(BackendError):
         _drain(engine.generate([*PROMPT, 9], SamplingParams()))
-    session.fail = False
-    session.rewind(1)
+    model.fail = False
+    cache.rewind(1)
     _, done = _drain(engine.generate(PROMPT, SamplingParams()))
     assert (done.finish_reason, done.usage.cached_tokens) == ("stop", 0)
 
@@ -190,8 +198,8 @@ def test_seeded_sampling_is_repeatable() -> None:
     """Uniform logits at temperature 1: the seed decides the answer."""
 
     def answer(seed: int) -> tuple[int, ...]:
-        session = FakeDecoderSession(_tokenizer().vocab_size, 64)
-        engine = Engine(session, _tokenizer(), eos_token_ids=[_eos()], clock=lambda: 0.0)
+        model = FakeDecoder(_tokenizer().vocab_size, 64)
+        engine = Engine(model, model.new_cache(), _tokenizer(), eos_token_ids=[_eos()], clock=lambda: 0.0)
         params = SamplingParams(temperature=1.0, seed=seed, max_tokens=12)
         return _drain(engine.generate(PROMPT, params))[1].token_ids
 

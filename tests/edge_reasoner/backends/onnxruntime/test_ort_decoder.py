@@ -1,4 +1,4 @@
-"""The onnxruntime session against transformers, and how it fails."""
+"""Decoders on onnxruntime against transformers, and how it fails."""
 
 import sys
 import time
@@ -6,9 +6,10 @@ import time
 import numpy as np
 import onnx
 import pytest
+from support.sequences import OneSequence
 from support.tiny_graphs import VOCAB, decoder_model, decoder_spec, reference_logits, save, weights
 
-from edge_reasoner.backends.onnxruntime_backend import OrtDecoderSession
+from edge_reasoner.backends.onnxruntime.decoder import OrtDecoder
 from edge_reasoner.errors import BackendError, BundleError, ContextOverflowError, InputError
 
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, 620)
@@ -38,49 +39,49 @@ def relative_rms(got, expected) -> float:
 def test_agrees_with_transformers(tmp_path, reference, accuracy_level, kv_dtype, tolerance):
     """Chunked prefill, a rewind into several tokens and decode steps reproduce transformers' Llama."""
     path = save(decoder_model(weights(), accuracy_level, kv_dtype), tmp_path / "tiny.onnx")
-    session = OrtDecoderSession(path, decoder_spec(kv_dtype), threads=2)
-    assert relative_rms(session.extend(TOKENS, keep=600), reference[-600:]) < tolerance
-    session.rewind(100)
-    assert relative_rms(session.extend(TOKENS[100:130], keep=30), reference[100:130]) < tolerance
+    sequence = OneSequence(OrtDecoder(path, decoder_spec(kv_dtype), threads=2))
+    assert relative_rms(sequence.extend(TOKENS, num_logits=600), reference[-600:]) < tolerance
+    sequence.rewind(100)
+    assert relative_rms(sequence.extend(TOKENS[100:130], num_logits=30), reference[100:130]) < tolerance
     for position in range(130, 140):
-        got = session.extend(TOKENS[position : position + 1])
+        got = sequence.extend(TOKENS[position : position + 1])
         assert relative_rms(got, reference[position : position + 1]) < tolerance
-    session.close()
+    sequence.close()
 
 
 def test_graph_with_a_fixed_context(tmp_path, graph):
     """A graph that fixes the KV buffers' size serves any smaller context, and no larger one."""
     path = save(decoder_model(weights(), context=64), tmp_path / "fixed.onnx")
-    fixed = OrtDecoderSession(path, decoder_spec(), threads=1, context_tokens=32)
-    free = OrtDecoderSession(graph, decoder_spec(), threads=1, context_tokens=32)
-    assert fixed.context_tokens == 32
+    fixed = OneSequence(OrtDecoder(path, decoder_spec(context_tokens=64)), 32)
+    free = OneSequence(OrtDecoder(graph, decoder_spec()), 32)
+    assert fixed.cache.context_tokens == 32
     np.testing.assert_allclose(fixed.extend(TOKENS[:32]), free.extend(TOKENS[:32]), atol=1e-5)
     with pytest.raises(ContextOverflowError):
         fixed.extend(TOKENS[:1])
     with pytest.raises(BundleError, match=r"holds \[64\] tokens, not 65"):
-        OrtDecoderSession(path, decoder_spec(), context_tokens=65)
+        OrtDecoder(path, decoder_spec(context_tokens=65))
 
 
 def test_decode_allocates_nothing_that_lasts(graph):
     """The row returned by every decode step is the same memory."""
-    session = OrtDecoderSession(graph, decoder_spec(), threads=1)
-    first = session.extend(TOKENS[:1]).ctypes.data
-    assert all(session.extend(TOKENS[i : i + 1]).ctypes.data == first for i in range(1, 5))
-    session.close()
+    sequence = OneSequence(OrtDecoder(graph, decoder_spec(), threads=1))
+    first = sequence.extend(TOKENS[:1]).ctypes.data
+    assert all(sequence.extend(TOKENS[i : i + 1]).ctypes.data == first for i in range(1, 5))
+    sequence.close()
 
 
 def test_idle_threads_do_not_spin(graph):
-    """Between calls the session's threads use (almost) no CPU time, however long the pause."""
-    session = OrtDecoderSession(graph, decoder_spec(), threads=2)
-    session.extend(TOKENS[:500])
+    """Between calls the model's threads use (almost) no CPU time, however long the pause."""
+    sequence = OneSequence(OrtDecoder(graph, decoder_spec(), threads=2))
+    sequence.extend(TOKENS[:500])
     used_s = 0.0
     for token in range(500, 520):
-        session.extend(TOKENS[token : token + 1])
+        sequence.extend(TOKENS[token : token + 1])
         before_s = time.process_time()
         time.sleep(0.02)
         used_s += time.process_time() - before_s
     assert used_s < 0.25 * 20 * 0.02
-    session.close()
+    sequence.close()
 
 
 @pytest.mark.parametrize(
@@ -95,14 +96,14 @@ def test_idle_threads_do_not_spin(graph):
 def test_hostile_session_options(graph, options, message):
     """Only listed session options with values in range are passed to the library."""
     with pytest.raises(BundleError, match=message):
-        OrtDecoderSession(graph, decoder_spec(), session_options=options)
+        OrtDecoder(graph, decoder_spec(), session_options=options)
 
 
 def test_allowed_session_option(graph):
     """An allowed option reaches the library."""
-    session = OrtDecoderSession(graph, decoder_spec(), session_options={"mlas.disable_kleidiai": "1"})
-    assert session.extend(TOKENS[:2]).shape == (1, VOCAB)
-    session.close()
+    sequence = OneSequence(OrtDecoder(graph, decoder_spec(), session_options={"mlas.disable_kleidiai": "1"}))
+    assert sequence.extend(TOKENS[:2]).shape == (1, VOCAB)
+    sequence.close()
 
 
 @pytest.mark.parametrize(
@@ -115,35 +116,27 @@ def test_allowed_session_option(graph):
     ],
 )
 def test_spec_and_graph_differ(graph, changes, message):
-    """A spec that does not describe the graph is refused when the session opens."""
+    """A spec that does not describe the graph is refused when the model opens."""
     with pytest.raises(BundleError, match=message):
-        OrtDecoderSession(graph, decoder_spec(**changes))
+        OrtDecoder(graph, decoder_spec(**changes))
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"context_tokens": 0}, "1 to 1280 are possible"),
-        ({"context_tokens": 1281}, "1 to 1280 are possible"),
-        ({"threads": 0}, "threads is 0"),
-    ],
-)
-def test_impossible_arguments(graph, arguments, message):
-    """Arguments out of range name the range."""
-    with pytest.raises(InputError, match=message):
-        OrtDecoderSession(graph, decoder_spec(), **arguments)
+def test_no_threads(graph):
+    """A number of threads that is none is refused."""
+    with pytest.raises(InputError, match="threads is 0"):
+        OrtDecoder(graph, decoder_spec(), threads=0)
 
 
 def test_context_beyond_memory_is_refused_before_allocating(graph):
     """A cache larger than the machine's memory is refused with figures."""
     with pytest.raises(InputError, match=r"needs .* GB of KV cache; this machine has"):
-        OrtDecoderSession(graph, decoder_spec(context_tokens=2**53))
+        OrtDecoder(graph, decoder_spec(context_tokens=2**53)).new_cache()
 
 
 def test_provider_not_in_this_build(graph):
     """A provider that this onnxruntime lacks is an error, not a silent fall-back."""
     with pytest.raises(BackendError, match="'CUDAExecutionProvider' is not in this onnxruntime"):
-        OrtDecoderSession(graph, decoder_spec(), provider="CUDAExecutionProvider")
+        OrtDecoder(graph, decoder_spec(), provider="CUDAExecutionProvider")
 
 
 def test_broken_graph_is_one_line(tmp_path):
@@ -151,13 +144,13 @@ def test_broken_graph_is_one_line(tmp_path):
     path = tmp_path / "broken.onnx"
     path.write_bytes(b"\x08\x0a\x3a\x03abc")
     with pytest.raises(BundleError) as error:
-        OrtDecoderSession(path, decoder_spec())
+        OrtDecoder(path, decoder_spec())
     assert "broken.onnx: loading" in str(error.value) and "\n" not in str(error.value)
     model = decoder_model(weights())
     model.opset_import[0].version = 99
     onnx.save(model, path)
     with pytest.raises((BackendError, BundleError)) as error:
-        OrtDecoderSession(path, decoder_spec())
+        OrtDecoder(path, decoder_spec())
     assert "\n" not in str(error.value)
 
 

@@ -1,0 +1,278 @@
+"""Causal LMs on onnxruntime: one session (weights) for any number of KV caches.
+
+Everything is bound once per cache; a decode step only changes numbers in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_reasoner.backends.base import KVCache, Logits, Step, TokenIds
+from edge_reasoner.backends.onnxruntime.kv_cache import Bindings, CacheState, KVBuffers, OrtKVCache, Room
+from edge_reasoner.backends.onnxruntime.session import CPU, library_errors, open_session, ort_value
+from edge_reasoner.backends.onnxruntime.signature import check_signature, decoder_signature
+from edge_reasoner.backends.saved_cache import CacheLayout, pack, unpack
+from edge_reasoner.contract.bundle.manifest import DecoderSpec
+from edge_reasoner.contract.bundle.onnx_scan import scan_graph
+from edge_reasoner.errors import BackendError, BundleError, ContextOverflowError, InputError
+
+#: Longest input of one prefill call: longer calls are hardly faster but need more memory for activations.
+PREFILL_CHUNK_TOKENS = 512
+#: Where a provider's KV cache lives; a provider that is not named here reads host memory.
+_DEVICES: Mapping[str, str] = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+#: Of each weight file, so many blocks of this size tell two models with the same graph apart.
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+class OrtDecoder:
+    """A causal LM's graph and weights: see `DecoderModel`.
+
+    Raises BundleError when the graph is not what its spec says, BackendError when the library fails.
+    """
+
+    def __init__(
+        self,
+        graph_path: Path,
+        spec: DecoderSpec,
+        *,
+        provider: str = CPU,
+        session_options: Mapping[str, str] | None = None,
+        threads: int = 1,
+    ) -> None:
+        self._spec = spec
+        self._path = graph_path
+        self._where = graph_path.name
+        self._session: Any = open_session(graph_path, provider, session_options or {}, threads)
+        check_signature(self._session, self._where, *decoder_signature(spec))
+        self._room_tokens = self._fixed_room_tokens()
+        self._device = _DEVICES.get(provider, "cpu")
+        self._lock = threading.Lock()
+        self._caches: weakref.WeakSet[OrtKVCache] = weakref.WeakSet()
+        self._fingerprint: str | None = None
+        # The arrays below are what every cache's bindings point to: written in place, never replaced.
+        self._token = np.zeros((1, 1), np.int64)
+        self._seqlens = np.zeros((1,), np.int32)
+        self._total = np.zeros((), np.int32)
+        self._keep = np.ones((1,), np.int64)
+        self._row = np.zeros((1, 1, spec.vocab_size), np.float32)
+        self._rows = self._row[0]
+
+    def _fixed_room_tokens(self) -> int | None:
+        """Tokens of the KV buffers where the graph fixes a number; what stays unused costs no memory."""
+        fixed = {value.shape[2] for value in self._session.get_inputs() if value.name.startswith("past_key")}
+        numbers = {size for size in fixed if isinstance(size, int)}
+        if len(numbers) > 1 or any(size < self._spec.context_tokens for size in numbers):
+            raise BundleError(
+                f"{self._where}: its KV cache holds {sorted(numbers)} tokens, not {self._spec.context_tokens}"
+            )
+        return numbers.pop() if numbers else None
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest context of a cache, in tokens."""
+        return self._spec.context_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of a logits row."""
+        return self._spec.vocab_size
+
+    @property
+    def hidden_size(self) -> int | None:
+        """Width of the hidden states, or None where the graph does not give them."""
+        return None
+
+    def new_cache(self, context_tokens: int | None = None) -> OrtKVCache:
+        """See `DecoderModel.new_cache`."""
+        context = _checked_context(self._spec, context_tokens)
+        return self._filled_cache(context, None)
+
+    def restore(self, saved: bytes) -> OrtKVCache:
+        """See `DecoderModel.restore`."""
+        context, filled = unpack(saved, self._layout(), self.context_tokens)
+        return self._filled_cache(_checked_context(self._spec, context), filled)
+
+    def _filled_cache(self, context_tokens: int, filled: Sequence[NDArray[Any]] | None) -> OrtKVCache:
+        self._open_session()
+        room = Room(
+            self._buffer_shapes(), self._spec.kv_dtype, self._room_tokens or context_tokens, self._device
+        )
+        with library_errors(f"{self._where}: allocating the KV cache"):
+            buffers = KVBuffers(room, filled)
+        return self._adopt(buffers, context_tokens, filled[0].shape[1] if filled else 0)
+
+    def _adopt(self, buffers: KVBuffers, context_tokens: int, length_tokens: int) -> OrtKVCache:
+        """A cache of this model over these buffers."""
+        with self._lock:
+            session = self._open_session()
+            with library_errors(f"{self._where}: binding the KV cache"):
+                decode, prefill = (self._new_binding(session, buffers) for _ in range(2))
+                decode.bind_ortvalue_input("input_ids", ort_value(self._token))
+                decode.bind_ortvalue_output("logits", ort_value(self._row))
+            cache = OrtKVCache(
+                CacheState(buffers, Bindings(decode, prefill)),
+                where=self._where,
+                context_tokens=context_tokens,
+                length_tokens=length_tokens,
+                adopt=self._adopt,
+                pack=self._pack,
+            )
+            self._caches.add(cache)
+            return cache
+
+    def _new_binding(self, session: Any, buffers: KVBuffers) -> Any:
+        """A binding of all that does not change from call to call."""
+        binding = session.io_binding()
+        binding.bind_ortvalue_input("seqlens_k", ort_value(self._seqlens))
+        binding.bind_ortvalue_input("total_sequence_length", ort_value(self._total))
+        binding.bind_ortvalue_input("logits_to_keep", ort_value(self._keep))
+        for index, value in enumerate(buffers.values):
+            name = f"{index // 2}.{('key', 'value')[index % 2]}"
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        return binding
+
+    def extend(
+        self, cache: KVCache, token_ids: TokenIds, num_logits: int = 1, *, hidden: bool = False
+    ) -> Step:
+        """See `DecoderModel.extend`."""
+        session = self._open_session()
+        if not isinstance(cache, OrtKVCache) or cache not in self._caches:
+            raise ValueError(f"{self._where}: the cache belongs to another model")
+        bindings, length = cache.state.bindings, cache.length_tokens
+        count = token_ids.shape[0] if token_ids.ndim == 1 else 0
+        if not 1 <= num_logits <= count:
+            raise ValueError(
+                f"token_ids {token_ids.shape} must be [n], n ≥ 1, and 1 ≤ num_logits ({num_logits}) ≤ n"
+            )
+        if length + count > cache.context_tokens:
+            raise ContextOverflowError(
+                f"{length} + {count} tokens exceed the context of {cache.context_tokens} tokens"
+            )
+        if int(token_ids.min()) < 0 or int(token_ids.max()) >= self.vocab_size:
+            raise InputError(f"{self._where}: token ids must be in 0 … {self.vocab_size - 1}")
+        if hidden:
+            raise BackendError(f"{self._where}: the graph gives no hidden states")
+        with library_errors(f"{self._where}: running {count} tokens"):
+            if count == 1:
+                rows = self._step(session, bindings.decode, token_ids, length)
+            else:
+                rows = self._prefill(session, bindings.prefill, token_ids, length, num_logits)
+        cache.grow(count)
+        return Step(rows)
+
+    def _step(self, session: Any, binding: Any, token_ids: TokenIds, length: int) -> Logits:
+        self._token[0, 0] = token_ids[0]
+        self._set_lengths(length + 1, 1)
+        session.run_with_iobinding(binding)
+        logits: Logits = self._row[0]
+        return logits
+
+    def _prefill(
+        self, session: Any, binding: Any, token_ids: TokenIds, length: int, num_logits: int
+    ) -> Logits:
+        """Runs chunks; each writes its share of the wanted rows straight into the result."""
+        count = token_ids.shape[0]
+        rows = self._result_rows(num_logits)
+        for start in range(0, count, PREFILL_CHUNK_TOKENS):
+            chunk = token_ids[start : start + PREFILL_CHUNK_TOKENS]
+            end = start + chunk.shape[0]
+            # result row r belongs to position count - num_logits + r
+            first, last = max(0, start - (count - num_logits)), end - (count - num_logits)
+            target = rows[first:last] if last > 0 else self._row[0]
+            self._set_lengths(length + end, target.shape[0])
+            tokens = np.ascontiguousarray(chunk, np.int64).reshape(1, -1)
+            binding.bind_ortvalue_input("input_ids", ort_value(tokens))
+            binding.bind_ortvalue_output("logits", ort_value(target[np.newaxis]))
+            session.run_with_iobinding(binding)
+        return rows
+
+    def _result_rows(self, num_logits: int) -> Logits:
+        if num_logits == 1:
+            row: Logits = self._row[0]
+            return row
+        if self._rows.shape[0] < num_logits:
+            self._rows = np.empty((num_logits, self.vocab_size), np.float32)
+        rows: Logits = self._rows[:num_logits]
+        return rows
+
+    def _set_lengths(self, total_tokens: int, kept: int) -> None:
+        self._seqlens[0] = total_tokens - 1
+        self._total[()] = total_tokens
+        self._keep[0] = kept
+
+    def close(self) -> None:
+        """Releases graph, weights and the memory of its caches. Idempotent."""
+        with self._lock:
+            for cache in list(self._caches):
+                cache.close()
+            self._session = None
+
+    def _open_session(self) -> Any:
+        session = self._session
+        if session is None:
+            raise BackendError(f"{self._where}: the model is closed")
+        return session
+
+    def _pack(self, context_tokens: int, filled: Sequence[NDArray[Any]]) -> bytes:
+        return pack(self._layout(), context_tokens, filled)
+
+    def _layout(self) -> CacheLayout:
+        if self._fingerprint is None:
+            self._fingerprint = _fingerprint(self._path)
+        return CacheLayout(self._fingerprint, self._spec.kv_dtype, self._buffer_shapes())
+
+    def _buffer_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(heads, width) of key and value of each layer."""
+        sizes = zip(self._spec.kv_heads, self._spec.head_dim, strict=True)
+        return tuple(shape for shape in sizes for _ in ("key", "value"))
+
+
+def _fingerprint(graph_path: Path) -> str:
+    """SHA-256 (hex) over the graph and samples of its weights: keeps two models' caches apart."""
+    try:
+        graph = graph_path.read_bytes()
+        digest = hashlib.sha256(graph)
+        for location in scan_graph(memoryview(graph), graph_path.name).locations:
+            path = graph_path.parent / location
+            size_bytes = path.stat().st_size
+            digest.update(f"{location}:{size_bytes}\n".encode())
+            with path.open("rb") as file:
+                for number in range(_SAMPLES):
+                    file.seek(size_bytes * number // _SAMPLES)
+                    digest.update(file.read(_SAMPLE_BYTES))
+    except OSError as error:
+        raise BackendError(f"{graph_path.name}: cannot be read any more: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _checked_context(spec: DecoderSpec, context_tokens: int | None) -> int:
+    wanted = spec.context_tokens if context_tokens is None else context_tokens
+    if not 1 <= wanted <= spec.context_tokens:
+        raise InputError(
+            f"context of {wanted} tokens: 1 to {spec.context_tokens} are possible with this model"
+        )
+    needed_bytes, memory_bytes = wanted * spec.kv_bytes_per_token, _memory_bytes()
+    if memory_bytes is not None and needed_bytes > memory_bytes:
+        raise InputError(
+            f"a context of {wanted} tokens needs {needed_bytes / 1e9:.1f} GB of KV cache; this machine has"
+            f" {memory_bytes / 1e9:.1f} GB: try {memory_bytes // (2 * spec.kv_bytes_per_token)} tokens"
+        )
+    return wanted
+
+
+def _memory_bytes() -> int | None:
+    """Physical memory, where the system tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None

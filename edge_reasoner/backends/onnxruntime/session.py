@@ -1,0 +1,107 @@
+"""onnxruntime itself: the one place that imports it, opens graphs and turns its exceptions into ours.
+
+Threads spin while a call runs and stop when it returns (`session.force_spinning_stop`), so an idle device
+does not burn a core (openpilot#22736).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+
+from edge_reasoner.backends.onnxruntime.session_options import check_session_options
+from edge_reasoner.errors import BackendError, BundleError, InputError
+
+CPU = "CPUExecutionProvider"
+_DEFAULT_OPTIONS: Mapping[str, str] = {
+    "session.intra_op.allow_spinning": "1",
+    "session.force_spinning_stop": "1",
+}
+_BAD_GRAPH_ERRORS = (ort_state.InvalidGraph, ort_state.InvalidProtobuf, ort_state.NoSuchFile)
+_LIBRARY_ERRORS = (
+    ort_state.Fail,
+    ort_state.InvalidArgument,
+    ort_state.NoModel,
+    ort_state.EngineError,
+    ort_state.RuntimeException,
+    ort_state.ModelLoaded,
+    ort_state.NotImplemented,
+    ort_state.EPFail,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    MemoryError,
+)
+
+
+def runtime_version() -> str:
+    """Version of the onnxruntime library that is installed, e.g. "1.23.2"."""
+    return str(onnxruntime.__version__)
+
+
+def available_providers() -> tuple[str, ...]:
+    """Execution providers that this build of onnxruntime contains."""
+    return tuple(onnxruntime.get_available_providers())
+
+
+def open_session(path: Path, provider: str, session_options: Mapping[str, str], threads: int) -> Any:
+    """Loads a graph. `provider` must take every node: a silent fall-back to the CPU is an error.
+
+    Raises InputError, BundleError (the graph or an option is refused) and BackendError (no such provider, or
+    the library fails).
+    """
+    if threads < 1:
+        raise InputError(f"threads is {threads}; at least 1 is needed")
+    check_session_options(session_options, path.name)
+    if provider not in available_providers():
+        raise BackendError(
+            f"{path.name}: execution provider {provider!r} is not in this onnxruntime {runtime_version()};"
+            f" it has: {', '.join(available_providers())}"
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    entries = {**_DEFAULT_OPTIONS, **session_options}
+    if provider != CPU:
+        entries["session.disable_cpu_ep_fallback"] = "1"
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    with library_errors(f"{path.name}: loading"):
+        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        session.disable_fallback()
+    if session.get_providers()[0] != provider:
+        raise BackendError(
+            f"{path.name}: asked for {provider}, onnxruntime chose {', '.join(session.get_providers())}"
+        )
+    return session
+
+
+def ort_value(array: NDArray[Any], device: str = "cpu") -> Any:
+    """An OrtValue over the array's own memory (on the CPU) or over a copy on the device."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+
+
+@contextmanager
+def library_errors(doing: str) -> Iterator[None]:
+    """The one place where onnxruntime's exceptions become ours."""
+    try:
+        yield
+    except _BAD_GRAPH_ERRORS as error:
+        raise BundleError(
+            f"{doing}: onnxruntime {runtime_version()} refuses it: {_one_line(error)}"
+        ) from error
+    except _LIBRARY_ERRORS as error:
+        raise BackendError(f"{doing}: onnxruntime {runtime_version()} failed: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else text[:399] + "…"

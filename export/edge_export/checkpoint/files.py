@@ -58,8 +58,7 @@ class _TokenizerConfig(msgspec.Struct):
 
 
 class _Generation(msgspec.Struct):
-    eos_token_id: int | list[int] | None = None
-    bos_token_id: int | None = None
+    eos_token_id: int | list[int | None] | None = None
 
 
 def _default_template(config: _TokenizerConfig) -> str | None:
@@ -89,12 +88,20 @@ def special_tokens(directory: Path) -> dict[str, int]:
 
 
 def generation_eos(directory: Path) -> list[int]:
-    """The eos ids of generation_config.json; empty if it states none."""
+    """The eos ids of generation_config.json; empty if it states none, or is damaged (the tokenizer warns)."""
     path = directory / "generation_config.json"
     if not path.is_file():
         return []
-    eos = read_json(path, _Generation).eos_token_id
-    return [] if eos is None else [eos] if isinstance(eos, int) else eos
+    try:
+        return token_ids(read_json(path, _Generation).eos_token_id)
+    except CheckpointError:
+        return []
+
+
+def token_ids(value: int | list[int | None] | None) -> list[int]:
+    """One id, several, or none: null and -1 say none."""
+    listed = value if isinstance(value, list) else [value]
+    return [token for token in listed if token is not None and token != -1]
 
 
 def licence(directory: Path) -> str | None:

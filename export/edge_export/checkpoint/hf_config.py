@@ -70,7 +70,7 @@ class RawConfig(msgspec.Struct):
     final_logit_softcapping: float | None = None
     tie_word_embeddings: bool | UnsetType | None = UNSET
     bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
+    eos_token_id: int | list[int | None] | None = None
     quantization_config: dict[str, Any] | None = None
 
 
@@ -242,7 +242,8 @@ def decoder_config(raw: RawConfig, family: Family, eos_token_ids: Sequence[int],
     scale = None
     if family.name == "gemma3":
         scale = reader.number("query_pre_attn_scalar", "scale") ** -0.5
-    for token in eos_token_ids if raw.bos_token_id is None else (raw.bos_token_id, *eos_token_ids):
+    bos = None if raw.bos_token_id == -1 else raw.bos_token_id  # a way of saying none
+    for token in eos_token_ids if bos is None else (bos, *eos_token_ids):
         check_range(where, "a special token id", token, "token_id")
     tied = raw.tie_word_embeddings
     return check_consistent(
@@ -261,7 +262,7 @@ def decoder_config(raw: RawConfig, family: Family, eos_token_ids: Sequence[int],
             embedding_scale=sqrt(hidden) if family.scaled_embedding else 1.0,
             attention_scale=scale,
             logit_softcap=softcap,
-            bos_token_id=raw.bos_token_id,
+            bos_token_id=bos,
             eos_token_ids=tuple(eos_token_ids),
         ),
         where,

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from edge_export.checkpoint.families import Family, family_of_model_type
-from edge_export.checkpoint.files import generation_eos, read_json, special_tokens, without_nulls
+from edge_export.checkpoint.files import generation_eos, read_json, special_tokens, token_ids, without_nulls
 from edge_export.checkpoint.hf_config import RawConfig, decoder_config
 from edge_export.checkpoint.leftovers import (
     HARMLESS_IN_DECODERS,
@@ -66,8 +66,7 @@ def read_config(path: Path) -> tuple[RawConfig, bool]:
 
 
 def _eos_ids(raw: RawConfig, directory: Path) -> tuple[int, ...]:
-    declared = [] if raw.eos_token_id is None else raw.eos_token_id
-    ids = generation_eos(directory) + (declared if isinstance(declared, list) else [declared])
+    ids = generation_eos(directory) + token_ids(raw.eos_token_id)
     vocabulary = raw.vocab_size if isinstance(raw.vocab_size, int) else 0
     markers = [token for content, token in special_tokens(directory).items() if content in END_OF_GENERATION]
     ids += [token for token in markers if 0 <= token < vocabulary]

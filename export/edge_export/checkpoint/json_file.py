@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from edge_reasoner.errors import CheckpointError
+from edge_reasoner.errors import CheckpointError, InputError
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes:
@@ -31,13 +31,17 @@ def read_text(path: Path, limit_bytes: int) -> str:
 
     Raises CheckpointError when the file is missing, too large, or in another encoding (UTF-16 is named).
     """
-    data = read_bounded(path, limit_bytes)
+    return decode_text(read_bounded(path, limit_bytes), path, CheckpointError)
+
+
+def decode_text(data: bytes, path: Path, kind: type[InputError]) -> str:
+    """The UTF-8 text in `data`, without a byte order mark. Raises `kind`, naming UTF-16 where it is that."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise CheckpointError(f"{path}: is UTF-16 text; save it as UTF-8")
+        raise kind(f"{path}: is UTF-16 text; save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not UTF-8 text") from error
+        raise kind(f"{path}: not UTF-8 text (byte {error.start:,})") from error
 
 
 def read_json_value(path: Path, limit_bytes: int) -> Any:
@@ -50,13 +54,15 @@ def read_json_value(path: Path, limit_bytes: int) -> Any:
 
 
 def read_json_object(path: Path, limit_bytes: int, *, optional: bool = False) -> dict[str, Any]:
-    """The JSON object in the file at `path`; an `optional` file that is missing counts as `{}`.
+    """The JSON object in the file at `path`; an `optional` file that is missing, or null, counts as `{}`.
 
     Raises CheckpointError when the file is missing, too large, not UTF-8, not JSON or not an object.
     """
     if optional and not path.exists():
         return {}
     value = read_json_value(path, limit_bytes)
+    if optional and value is None:
+        return {}
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}")
     return value

@@ -52,6 +52,8 @@ _SIDE_FILES: Final = (
     "config.json",
     "added_tokens.json",
 )
+#: what they say is said elsewhere, or has a default
+_DISPENSABLE: Final = frozenset({"special_tokens_map.json", "generation_config.json"})
 _ROLES: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 #: as the bundle's TokenizerConfig allows
 _MAX_ROLE_CHARS: Final = 200
@@ -132,7 +134,27 @@ def _dropped(texts: list[str], rows: int) -> tuple[str, ...]:
 
 
 def _from_directory(path: Path) -> TokenizerFiles:
-    side = {name: read_json_object(path / name, MAX_CONFIG_BYTES, optional=True) for name in _SIDE_FILES}
+    side, damaged = _side_files(path)
+    files = _read_directory(path, side)
+    return replace(files, warnings=(*damaged, *files.warnings))
+
+
+def _side_files(path: Path) -> tuple[dict[str, Mapping[str, Any]], tuple[str, ...]]:
+    """Every side file's object, and warnings of damaged ones that a model can do without."""
+    side: dict[str, Mapping[str, Any]] = {}
+    warnings = []
+    for name in _SIDE_FILES:
+        try:
+            side[name] = read_json_object(path / name, MAX_CONFIG_BYTES, optional=True)
+        except CheckpointError as error:
+            if name not in _DISPENSABLE:
+                raise
+            side[name] = {}
+            warnings.append(f"{error}; it is left aside")
+    return side, tuple(warnings)
+
+
+def _read_directory(path: Path, side: _SideFiles) -> TokenizerFiles:
     template = _chat_template(path, side["tokenizer_config.json"])
     source = path / "tokenizer.json"
     if source.is_file():
@@ -298,6 +320,7 @@ class _Names:
         """`eos_token_id` of a configuration file: none, one or a list."""
         value = side[name].get("eos_token_id")
         listed = value if isinstance(value, list) else [] if value is None else [value]
+        listed = [token_id for token_id in listed if token_id is not None and token_id != -1]
         for token_id in listed:
             if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
                 raise CheckpointError(

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from edge_export.checkpoint.json_file import decode_text
 from edge_reasoner.errors import InputError
 
 _SEPARATOR = "\n-----\n"
@@ -58,11 +59,9 @@ def read_text_set(path: Path) -> TextSet:
         if path.stat().st_size > _MAX_TEXT_BYTES:
             raise InputError(f"{path}: larger than {_MAX_TEXT_BYTES} bytes")
         data = path.read_bytes()
-        text = data.decode("utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text") from error
+    text = decode_text(data, path, InputError).replace("\r\n", "\n")
     documents = tuple(_jsonl(text, path) if path.suffix == ".jsonl" else text.strip().split(_SEPARATOR))
     if not any(document.strip() for document in documents):
         raise InputError(f"{path}: no text in it")
@@ -93,7 +92,7 @@ def to_token_batches(
 
 
 def _jsonl(text: str, path: Path) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a row may hold other separators of lines
         if not line.strip():
             continue
         try:

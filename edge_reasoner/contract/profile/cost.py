@@ -209,11 +209,19 @@ def require_fit(graph: GraphCost, profile: DeviceProfile, *, chunk_tokens: int =
     needed = peak_rss_bytes(graph, profile, chunk_tokens=chunk_tokens)
     budget = profile.memory_budget_bytes
     if needed > budget:
+        spare = needed - budget
+        larger = [size for size in sorted(profile.memory.options_gib) if _added_bytes(profile, size) >= spare]
+        hint = f", or the board with {larger[0]:g} GiB" if larger else ""
         raise TargetError(
             f"too large for {profile.name!r}: about {needed / 1e6:.0f} MB at run time, {budget / 1e6:.0f} MB "
             f"are free for a model ({graph.total_weight_bytes / 1e6:.0f} MB of weights, context "
-            f"{graph.context_tokens} tokens); try fewer bits, a shorter context or a smaller model"
+            f"{graph.context_tokens} tokens); try fewer bits, a shorter context or a smaller model{hint}"
         )
+
+
+def _added_bytes(profile: DeviceProfile, size_gib: float) -> float:
+    """How much more memory the board has where it is sold with that size."""
+    return (size_gib - profile.memory.capacity_gib.value) * 1024 * _MIB
 
 
 def decode_watts(profile: DeviceProfile) -> float | None:

@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import importlib
 import importlib.resources
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -143,16 +142,13 @@ def _is_inline(value: object) -> bool:
     return isinstance(value, dict) and set(value) == {"value", "basis", "source"}
 
 
-def _emit_value(value: object) -> str:
+def _emit_pair(key: str, value: object) -> str:
+    """`key = value`, a figure on one line."""
+    import tomli_w  # only `profiles probe` writes
+
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {_emit_value(v)}" for k, v in value.items()) + " }"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_emit_value(v) for v in value) + "]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return repr(value)
+        return f"{key} = {{ {', '.join(_emit_pair(name, part) for name, part in value.items())} }}"
+    return tomli_w.dumps({key: value}).rstrip("\n")
 
 
 def _emit_table(table: dict[str, Any], prefix: str) -> list[str]:
@@ -169,5 +165,5 @@ def _emit_table(table: dict[str, Any], prefix: str) -> list[str]:
             for item in value:
                 nested += ["", f"[[{path}]]", *_emit_table(item, f"{path}.")]
         else:
-            lines.append(f"{key} = {_emit_value(value)}")
+            lines.append(_emit_pair(key, value))
     return lines + nested

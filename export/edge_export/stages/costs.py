@@ -12,6 +12,8 @@ from edge_reasoner.contract.profile import DeviceProfile
 from edge_reasoner.contract.profile.cost import GraphCost, predict, predict_encoder
 
 _PREDICTED_PROMPT_TOKENS, _PREDICTED_NEW_TOKENS = 512, 128
+#: of the text that an encoder's latency is predicted for
+_PREDICTED_TEXT_TOKENS: Final = 128
 #: Peak resident bytes per stored float16 byte: widened at load, packed, then partly freed. Measured with
 #: MiniLM: 4.9 on onnxruntime 1.23.2, 2.7 on 1.31.1.
 _FLOAT16_RESIDENT_RATIO: Final = 5.0
@@ -74,7 +76,7 @@ def predicted_decoder(cost: GraphCost, board: DeviceProfile) -> Predicted:
 
 def predicted_encoder(cost: GraphCost, board: DeviceProfile) -> Predicted:
     """An encoder's figures on the board, to four digits."""
-    found = predict_encoder(cost, board)
+    found = predict_encoder(cost, board, tokens=min(_PREDICTED_TEXT_TOKENS, cost.context_tokens))
     return Predicted(
         prefill_tps=_four_digits(found.tokens_per_s),
         ttft_ms=_four_digits(found.latency_ms),

@@ -177,15 +177,45 @@ def _show(profile: DeviceProfile, console: Console) -> None:
         providers = ", ".join(entry.execution_providers)
         runtimes.add_row(entry.backend, entry.newest_version, entry.python, _opset(entry), _plain(providers))
     console.print(runtimes)
-    limits = Table("cannot", "why", "instead")
-    for limit in profile.cannot:
-        limits.add_row(_plain(limit.what), _plain(limit.why), _plain(limit.instead))
-    console.print(limits)
+    for listing in (_accelerators(profile), _precisions(profile), _limits(profile), _modes(profile)):
+        if listing.row_count:
+            console.print(listing)
     console.print(
         f"A model may take {profile.memory_budget_bytes / 1e6:.0f} MB; {profile.default_threads} threads; "
         f"context {profile.export.context_tokens} tokens.",
         markup=False,
     )
+
+
+def _accelerators(profile: DeviceProfile) -> Table:
+    table = Table("accelerator", "kind", "precisions", "decoder LMs", "driven by")
+    for entry in profile.accelerators:
+        runs = "yes" if entry.runs_decoder_lm else "no"
+        table.add_row(entry.name, entry.kind, ", ".join(entry.precisions), runs, _plain(entry.runtime))
+    return table
+
+
+def _precisions(profile: DeviceProfile) -> Table:
+    table = Table("task", "on", "weights that run")
+    for row in profile.precisions:
+        table.add_row(row.task, _plain(row.processor), ", ".join(row.weights))
+    return table
+
+
+def _limits(profile: DeviceProfile) -> Table:
+    table = Table("cannot", "why", "instead")
+    for limit in profile.cannot:
+        table.add_row(_plain(limit.what), _plain(limit.why), _plain(limit.instead))
+    return table
+
+
+def _modes(profile: DeviceProfile) -> Table:
+    table = Table("power mode", "limit", "clocks")
+    for mode in profile.power.modes:
+        default = " (default)" if mode.name == profile.power.default_mode else ""
+        limit = "–" if mode.limit_w is None else f"{mode.limit_w.value:g} W"
+        table.add_row(_plain(mode.name) + default, limit, _plain(mode.clock_notes))
+    return table
 
 
 def _opset(entry: Runtime) -> str:

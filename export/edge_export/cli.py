@@ -18,8 +18,9 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from edge_export.options import MAX_THREADS, MIN_CONTEXT_TOKENS, TASKS, ExportOptions
+from edge_export.options import MAX_THREADS, TASKS, ExportOptions
 from edge_export.plan.recipes import DEFAULT_RECIPE, RECIPES
+from edge_export.plan.target import MIN_CONTEXT_TOKENS
 from edge_export.progress import Progress
 from edge_export.quantize import DEFAULT_QUANTIZER, QUANTIZERS, quantizer_names
 from edge_reasoner._version import __version__

@@ -13,12 +13,13 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
 
 from edge_export.plan.recipes import DEFAULT_RECIPE, RECIPES
+from edge_export.plan.target import MIN_CONTEXT_TOKENS
 from edge_export.quantize import DEFAULT_QUANTIZER, quantizer_names
 from edge_reasoner.errors import InputError
 
 Task = Literal["auto", "causal-lm", "encoder"]
 TASKS: Final[tuple[Task, ...]] = get_args(Task)
-MIN_CONTEXT_TOKENS, MAX_CONTEXT_TOKENS = 16, 1 << 24
+MAX_CONTEXT_TOKENS: Final = 1 << 24
 MAX_THREADS: Final = 1024
 MAX_VERSION: Final = 1 << 31
 _MAX_TEXT: Final = 200

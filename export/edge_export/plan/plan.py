@@ -10,7 +10,7 @@ import torch
 from edge_export.model.config import DecoderConfig
 from edge_export.plan.analysis import Analysis
 from edge_export.plan.recipes import RECIPES, BoardFormats, UnitPlan
-from edge_export.plan.target import Target, choose_target
+from edge_export.plan.target import MIN_CONTEXT_TOKENS, Target, choose_target
 from edge_export.plan.units import decoder_units, small_parameters
 from edge_export.quantize import DEFAULT_QUANTIZER, quantizer_row
 from edge_export.quantize.base import InputStatistics
@@ -19,7 +19,6 @@ from edge_reasoner.contract.profile import DeviceProfile
 from edge_reasoner.errors import InputError
 
 _GQA_HEAD_MULTIPLE = 16
-_MIN_CONTEXT_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -122,9 +121,9 @@ def check_decoder(
                 f"layer {index}: {layer.num_heads} heads are no multiple of {layer.num_kv_heads}"
             )
     wanted = context_tokens or min(profile.export.context_tokens, config.context_tokens)
-    if not _MIN_CONTEXT_TOKENS <= wanted <= config.context_tokens:
+    if not MIN_CONTEXT_TOKENS <= wanted <= config.context_tokens:
         raise InputError(
-            f"context_tokens={wanted}: allowed: {_MIN_CONTEXT_TOKENS} to the model's {config.context_tokens}"
+            f"context_tokens={wanted}: allowed: {MIN_CONTEXT_TOKENS} to the model's {config.context_tokens}"
         )
     return wanted
 

@@ -28,6 +28,8 @@ from edge_reasoner.errors import TargetError
 BACKEND: Final[BackendName] = "onnxruntime"
 #: The oldest onnxruntime that the graphs have been run on.
 MINIMUM_ONNXRUNTIME: Final = "1.23.2"
+#: A decoder's KV cache has at least this many positions.
+MIN_CONTEXT_TOKENS: Final = 16
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ def test_show():
     """A profile is shown with its figures' provenance and limits; as JSON it carries its hash."""
     text = run("show", "rk3588").stdout
     assert "datasheet" in text and "RKNPU" in text
+    for word in ("causal-lm", "rknpu2", "npu", "int8"):
+        assert word in text
+    assert "two CPU cores" in run("show", "jetson-nano").stdout
     document = json.loads(run("show", "rk3588", "--json").stdout)
     assert document["sha256"] == profile_sha256(load_profile("rk3588"))
     assert document["derived"]["max_opset"] == 21

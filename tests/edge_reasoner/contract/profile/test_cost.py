@@ -126,6 +126,15 @@ def test_too_large_models_are_refused():
     require_fit(SMOL, profile)
 
 
+def test_a_larger_board_is_named_where_it_would_do():
+    """The smallest size sold that holds the model; none where even the largest is short."""
+    board = load_profile("raspberry-pi-4b")
+    for weight_gib, words in ((5, "or the board with 8 GiB$"), (60, "or a smaller model$")):
+        graph = msgspec.structs.replace(SMOL, total_weight_bytes=weight_gib << 30, prepack_ratio=1.0)
+        with pytest.raises(TargetError, match=words):
+            require_fit(graph, board)
+
+
 @settings(max_examples=60, deadline=None)
 @given(gbps=st.floats(0.5, 300), fixed=st.floats(0.01, 20), sizes=st.sets(st.integers(1, 40), min_size=2))
 def test_fit_recovers_an_exact_roofline(gbps, fixed, sizes):

@@ -187,7 +187,7 @@ def test_models_that_cannot_be_used(make, words, tmp_path, capfd):
 def test_arguments_that_cannot_be_used(arguments, words, model, tmp_path, capfd, monkeypatch):
     """One line on stderr that names the argument and what is allowed, status 2, nothing written."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x80")
+    (tmp_path / "binary.txt").write_bytes(b"\x80\x81words")
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp_path / "fields.jsonl").write_text('{"label": 3}\n')

@@ -6,6 +6,7 @@ Templates come with models and are untrusted; `guard.py` says how they are kept 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
@@ -79,7 +80,9 @@ class ChatTemplate:
         self._environment.globals["raise_exception"] = _raise_exception
         self._environment.globals["strftime_now"] = self._strftime_now
         try:
-            self._template = self._environment.from_string(source)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python's opinion of the code that a template becomes
+                self._template = self._environment.from_string(source)
         except _TEMPLATE_FAULTS as error:
             raise _as_template_error(error) from error
 

@@ -29,7 +29,7 @@ def check_chat_template_works(template: str, tokenizer: TokenizerFiles, where: s
     }
     special = {role: text for role, text in roles.items() if text is not None}
     try:
-        trial = try_template(template, special_tokens=special, clock=time.monotonic, now=datetime.now)
+        trial = try_template(template, special_tokens=special, clock=time.process_time, now=datetime.now)
     except TemplateError as error:
         raise CheckpointError(f"{where}: {error}; {_REMEDY}") from error
     for found in (trial.failed, trial.refused):

@@ -24,7 +24,7 @@ def read_json(path: Path, kind: type[T]) -> T:
     value = read_json_value(path, _MAX_SIDE_FILE_BYTES)
     try:
         return msgspec.convert(without_nulls(value, kind), type=kind)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, UnicodeEncodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: corrupt: {error}") from error
 
 

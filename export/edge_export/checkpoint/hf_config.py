@@ -117,7 +117,7 @@ class _Reader:
 def _rope_entry(where: str, value: object) -> RopeParameters:
     try:
         return msgspec.convert(value, RopeParameters)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise CheckpointError(f"{where}: rotary parameters: {error}") from error
 
 

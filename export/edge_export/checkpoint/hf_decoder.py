@@ -61,7 +61,7 @@ def read_config(path: Path) -> tuple[RawConfig, bool]:
         whole = {"model_type": whole.get("model_type"), **outer, **text}
     try:
         return msgspec.convert(without_nulls(whole, RawConfig), RawConfig), multimodal
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 

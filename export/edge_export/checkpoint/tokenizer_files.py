@@ -98,8 +98,11 @@ def canonical_json(tokenizer: Tokenizer, where: str) -> bytes:
 
 
 def check_chat_template(template: str, where: str) -> str:
-    """The template itself. Raises CheckpointError when it is too large to be one."""
-    size_bytes = len(template.encode("utf-8", "surrogatepass"))
+    """The template itself. Raises CheckpointError when it is too large to be one, or no text."""
+    try:
+        size_bytes = len(template.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{where}: the chat template is not valid Unicode text") from error
     if size_bytes > MAX_CHAT_TEMPLATE_BYTES:
         raise CheckpointError(
             f"{where}: the chat template has {size_bytes} bytes; allowed are {MAX_CHAT_TEMPLATE_BYTES}"

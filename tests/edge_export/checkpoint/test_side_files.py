@@ -48,6 +48,26 @@ def test_flaws_that_nobody_needs_to_mend(case, tmp_path):
     assert checkpoint.licence == ("mit" if name == "README.md" else good.licence)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"model_type": "llama", "\\ud800": 1}'),
+        ("tokenizer_config.json", '{"chat_template": "\\ud800{{ messages }}"}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"410": {"content": "\\ud800"}}}'),
+        ("added_tokens.json", '{"\\udfff": 410}'),
+    ],
+)
+def test_lone_surrogates_are_refused(tmp_path, name, content):
+    """JSON can spell what is no text; where it is read, it is one clear line."""
+    write_checkpoint(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError) as caught:
+        _ = load_checkpoint(tmp_path).tokenizer
+    assert "\n" not in str(caught.value)
+    str(caught.value).encode("utf-8")
+
+
 def test_utf16_is_named(tmp_path):
     """A file that is needed and is UTF-16 says so."""
     write_checkpoint(tmp_path)

@@ -95,11 +95,11 @@ def test_tools_as_transformers() -> None:
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_hostile_template_is_one_clear_line(bomb: str) -> None:
     """Each way to exhaust time or memory, or to leave the sandbox, ends in TemplateError within seconds."""
-    start_s = time.monotonic()
+    start_s = time.process_time()
     with pytest.raises(TemplateError) as caught:
         _template(BOMBS[bomb]).render(CHATS["one"])
     assert "\n" not in str(caught.value) and str(caught.value).startswith("chat template")
-    assert time.monotonic() - start_s < 6
+    assert time.process_time() - start_s < 6
 
 
 @pytest.mark.parametrize("operation", DOUBLINGS)

@@ -121,7 +121,11 @@ def _file(value: Any) -> str | None:
 
 def _shown(value: Any) -> str:
     """The value on one line: a path as it is, anything else as Python writes it."""
-    text = str(value) if isinstance(value, Path) else repr(value)
+    try:
+        text = str(value) if isinstance(value, Path) else repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"<{type(value).__name__}>"
+    text = text if text.isprintable() else " ".join(ascii(text)[1:-1].split())
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 

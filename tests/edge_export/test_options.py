@@ -24,8 +24,11 @@ REFUSED = {
     "recipe": (("int3", "", "INT8", 8, True, b"int8"), ", ".join(RECIPES)),
     "task": (("decoder", 1, ()), "auto, causal-lm, encoder"),
     "quantizer": (("awq", 4, False, []), ", ".join(QUANTIZERS)),
-    "context_tokens": ((0, 15, -1, True, 64.0, "64", math.nan, 1 << 60), "whole numbers from 16 to"),
-    "calibration": (("no/such/file.txt", Path("no/such"), 3, True, Path()), "text file"),
+    "context_tokens": (
+        (0, 15, -1, True, 64.0, "64", math.nan, 1 << 60, 10**5000),
+        "whole numbers from 16 to",
+    ),
+    "calibration": (("no/such/file.txt", Path("no/such"), Path("a\nb\x1b"), 3, True, Path()), "text file"),
     "quality_text": (("no/such/file.txt", "a\0b", [], b"x"), "text file"),
     "preprocessor": (("", " ", 3, True), "a path or a hub id"),
     "preprocessor_recipe": (("int2", None, 1), ", ".join(RECIPES)),

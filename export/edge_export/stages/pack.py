@@ -179,7 +179,7 @@ def bundle_bytes(folder: Path) -> int:
 def check_destination(out: Path) -> None:
     """Refuses to overwrite what is not a bundle. Raises InputError."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_NAME).is_file()):
-        raise InputError(f"{out}: exists and is not a bundle; choose another --out or remove it")
+        raise InputError(f"{out}: exists and is not a bundle; choose another folder or remove it")
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out}: the folder {out.absolute().parent} does not exist")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import get_args
 
 import msgspec
 import onnx
@@ -26,6 +27,7 @@ from edge_export.plan.recipes import AUTO_BITS_PER_WEIGHT, AUTO_LOSS_TARGET, REC
 from edge_export.plan.units import decoder_units
 from edge_export.quantize.base import InputStatistics
 from edge_reasoner.contract.profile import load_profile
+from edge_reasoner.contract.profile.schema import WeightPrecision
 from edge_reasoner.errors import InputError, TargetError
 
 PROFILE = load_profile("generic-x86")
@@ -197,3 +199,10 @@ def test_operators_are_those_of_the_graph(checkpoint, recipe, tmp_path):
     nodes = onnx.load(path, load_external_data=False).graph.node
     own = {node.op_type for node in nodes if node.domain or node.op_type == "SimplifiedLayerNormalization"}
     assert own == contrib_operators(checkpoint.config, RECIPES[recipe].quantized)
+
+
+def test_rows_of_the_recipe_table_are_complete():
+    """Names are the keys, what is taken instead exists, and profiles have a word for what each needs."""
+    for name, row in RECIPES.items():
+        assert row.name == name and row.summary and set(row.instead) <= set(RECIPES) - {name}
+        assert row.weights in get_args(WeightPrecision)

@@ -1,50 +1,254 @@
-"""Reads JSON-lines files of strangers: bounded, and with the line's number in every error."""
+"""Small files of strangers, read; our own files, written in one step.
+
+Text is UTF-8. A byte order mark at its start is skipped, CRLF is fine; UTF-16 and UTF-32 (what PowerShell's
+`>` and some editors write) are recognized and refused by name, with the command that converts them. Every
+reader is bounded and raises `error`, the caller's own class of our error tree, in one line.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import codecs
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
-from edge_reasoner.errors import InputError
+from edge_reasoner.errors import EdgeReasonerError, InputError
 
 MAX_LINE_BYTES = 4 * 1024 * 1024
 MAX_ROWS = 1_000_000
+_CHUNK_BYTES = 1 << 20
+#: what is looked at to tell UTF-16 without a byte order mark from UTF-8
+_HEAD_BYTES = 512
+_BOM = "\ufeff"
+_MAX_REASON_CHARS = 300
+#: longest first: UTF-32's little-endian mark begins with UTF-16's
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+ErrorType = type[EdgeReasonerError]
+
+
+def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Makes or replaces the file in one step: a reader, or a power cut, meets the old one or the new one.
+
+    The parts of `data` go to a temporary file in the same folder (which must exist), are synced to the disk
+    and renamed. On any failure the temporary file is removed and `path` is as it was. Raises OSError.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.writelines((data,) if isinstance(data, bytes) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(_mode_of(path))
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_bytes(
+    path: Path, limit_bytes: int, *, error: ErrorType = InputError, regular: bool = False
+) -> bytes:
+    """The whole file. Raises `error`: missing, unreadable, above the limit; with `regular` also what is no
+    regular file (a pipe in a folder of a stranger would never end)."""
+    data = bytearray()
+    try:
+        with path.open("rb", opener=_open_without_waiting if regular else None) as file:
+            if regular and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise error(f"{path}: not a regular file")
+            # read() allocates what it is asked for, so it is asked for little at a time
+            while len(data) <= limit_bytes and (chunk := file.read(min(_CHUNK_BYTES, limit_bytes + 1))):
+                data += chunk
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror or problem}") from problem
+    if len(data) > limit_bytes:
+        raise error(f"{path}: larger than the {limit_bytes} bytes that are allowed")
+    return bytes(data)
+
+
+def decode_text(data: bytes, where: str, *, error: ErrorType = InputError) -> str:
+    """`data` as UTF-8, without a byte order mark. Raises `error` naming another encoding or the first bad
+    byte."""
+    if encoding := foreign_encoding(data):
+        raise error(
+            f"{where}: {encoding} text, UTF-8 is needed; convert it: iconv -f {encoding} -t UTF-8"
+            " (PowerShell: Set-Content -Encoding utf8)"
+        )
+    try:
+        return data.decode("utf-8").lstrip(_BOM)
+    except UnicodeDecodeError as problem:
+        raise error(f"{where}: not UTF-8 at byte {problem.start}") from problem
+
+
+def foreign_encoding(data: bytes) -> str | None:
+    """The name of the encoding, if `data` begins like UTF-16 or UTF-32 text, with its mark or without."""
+    for mark, name in _MARKS:
+        if data.startswith(mark):
+            return name
+    head = data[:_HEAD_BYTES]
+    if b"\0" not in head or len(head) < 4:
+        return None
+    lanes = [head[start::4] for start in range(4)]
+    empty = "".join("0" if lane.count(0) > 0.6 * len(lane) else "x" for lane in lanes)
+    # mostly Latin text: the high bytes of each unit are zero
+    names = {"x0x0": "UTF-16LE", "0x0x": "UTF-16BE", "x000": "UTF-32LE", "000x": "UTF-32BE"}
+    return names.get(empty)
+
+
+def read_text(path: Path, limit_bytes: int, *, error: ErrorType = InputError, regular: bool = False) -> str:
+    """A text file; raises `error` as `read_bytes` and `decode_text` do."""
+    return decode_text(read_bytes(path, limit_bytes, error=error, regular=regular), str(path), error=error)
+
+
+def parse_json(
+    data: bytes | str,
+    where: str,
+    *,
+    error: ErrorType = InputError,
+    allow_nan: bool = False,
+    allow_duplicates: bool = True,
+) -> Any:
+    """The JSON value of a text, however deep or long its numbers: raises `error` for what is not JSON.
+
+    `allow_nan` takes NaN, Infinity and -Infinity, which Python and others write though JSON has no such
+    numbers. With `allow_duplicates` the last of two equal keys counts, else they are an error. Numbers too
+    large for a float become infinite; lone surrogates (`"\\ud800"`) are kept.
+    """
+    text = decode_text(data, where, error=error) if isinstance(data, bytes) else data.lstrip(_BOM)
+    refuse_nan: Callable[[str], Any] | None = None if allow_nan else _refuse_constant
+    unique: Callable[[list[tuple[str, Any]]], Any] | None = None if allow_duplicates else _unique_keys
+    try:
+        return json.loads(text, parse_constant=refuse_nan, object_pairs_hook=unique)
+    except RecursionError as problem:
+        raise error(f"{where}: not valid JSON: nested too deeply") from problem
+    except ValueError as problem:  # JSONDecodeError, numbers of too many digits, our own two
+        raise error(f"{where}: not valid JSON: {_reason(problem)}") from problem
+
+
+def read_json(
+    path: Path,
+    limit_bytes: int,
+    *,
+    error: ErrorType = InputError,
+    regular: bool = False,
+    allow_nan: bool = False,
+    allow_duplicates: bool = True,
+) -> Any:
+    """A JSON file's value; raises `error` as `read_bytes` and `parse_json` do."""
+    data = read_bytes(path, limit_bytes, error=error, regular=regular)
+    return parse_json(data, str(path), error=error, allow_nan=allow_nan, allow_duplicates=allow_duplicates)
+
+
+def read_json_object(
+    path: Path,
+    limit_bytes: int,
+    *,
+    error: ErrorType = InputError,
+    regular: bool = False,
+    allow_nan: bool = False,
+    allow_duplicates: bool = True,
+) -> dict[str, Any]:
+    """As `read_json`, and raises `error` unless the value is an object."""
+    value = read_json(
+        path,
+        limit_bytes,
+        error=error,
+        regular=regular,
+        allow_nan=allow_nan,
+        allow_duplicates=allow_duplicates,
+    )
+    if not isinstance(value, dict):
+        raise error(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    return value
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each line's number (from 1) and object; blank lines are skipped.
+    """Each line's number (from 1) and object of a JSONL file; blank lines are skipped.
 
-    Raises InputError: no such file, a line that is too long, not UTF-8, not JSON or not an object, too many
-    rows, or none at all.
+    A byte order mark is skipped where a line begins: joined files have one in the middle. Raises InputError:
+    no such file, a line that is too long, not UTF-8, not JSON or not an object, too many rows, or none.
     """
     count = 0
     try:
         with path.open("rb") as file:
+            if foreign_encoding(head := file.peek(_HEAD_BYTES)):
+                decode_text(head, str(path))  # raises, with the encoding's name
             number = 0
             while data := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(data) > MAX_LINE_BYTES:
                     raise InputError(f"{path} line {number}: more than {MAX_LINE_BYTES} bytes")
-                if not data.strip():
+                text = decode_text(data, f"{path} line {number}").strip()
+                if not text:
                     continue
                 count += 1
                 if count > MAX_ROWS:
                     raise InputError(f"{path}: more than {MAX_ROWS} rows")
-                yield number, _object(data, f"{path} line {number}")
+                yield number, _object(text, f"{path} line {number}")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     if count == 0:
         raise InputError(f"{path}: no rows; one JSON object per line is needed")
 
 
-def _object(data: bytes, where: str) -> dict[str, Any]:
+def _object(text: str, where: str) -> dict[str, Any]:
     try:
-        row = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}") from error
+        row = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        row = parse_json(text, where, allow_nan=True)
+        if not _is_unicode(row):
+            raise InputError(f"{where}: a lone surrogate (half a character, as \\ud800) in it") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: a {type(row).__name__}; each line must be a JSON object")
     return row
+
+
+def _is_unicode(value: object) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _mode_of(path: Path) -> int:
+    """The permissions that the file has, or those of a new file that anybody may read."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except OSError:
+        return 0o644
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opening a pipe must not wait for somebody to write into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:80]!r} is there twice")
+        found[key] = value
+    return found
+
+
+def _reason(problem: Exception) -> str:
+    line = " ".join(str(problem).split())
+    return line if len(line) <= _MAX_REASON_CHARS else f"{line[:_MAX_REASON_CHARS]}…"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO
 
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.errors import InputError
-from edge_reasoner.files import read_rows
+from edge_reasoner.files import read_rows, write_atomically
 from edge_reasoner.reasoner import Reasoner
 
 _FIELDS = ("prompt", "id")
@@ -100,7 +99,7 @@ def run_batch(
                     done[row.id] = _answer(reasoner, row, params)
                     _append(file, done[row.id])
                 advance(number + 1)
-        _write_all(out, [done[row.id] for row in rows])
+        write_atomically(out, (_line(done[row.id]) for row in rows))
         partial.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{error.filename or out}: cannot write: {error.strerror or error}") from error
@@ -162,20 +161,6 @@ def _append(file: BinaryIO, row: Mapping[str, Any]) -> None:
     file.write(_line(row))
     file.flush()
     os.fsync(file.fileno())
-
-
-def _write_all(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.writelines(_line(row) for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _report(

@@ -65,7 +65,7 @@ def read_bytes(
     regular file (a pipe in a folder of a stranger would never end)."""
     data = bytearray()
     try:
-        with path.open("rb", opener=_open_without_waiting if regular else None) as file:
+        with open(path, "rb", opener=_open_without_waiting if regular else None) as file:
             if regular and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise error(f"{path}: not a regular file")
             # read() allocates what it is asked for, so it is asked for little at a time
@@ -132,9 +132,9 @@ def parse_json(
     try:
         return json.loads(text, parse_constant=refuse_nan, object_pairs_hook=unique)
     except RecursionError as problem:
-        raise error(f"{where}: not valid JSON: nested too deeply") from problem
+        raise error(f"{where}: not JSON: nested too deeply") from problem
     except ValueError as problem:  # JSONDecodeError, numbers of too many digits, our own two
-        raise error(f"{where}: not valid JSON: {_reason(problem)}") from problem
+        raise error(f"{where}: not JSON: {_reason(problem)}") from problem
 
 
 def read_json(

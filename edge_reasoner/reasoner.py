@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from edge_reasoner.activation.activate import Activation, default_cache_dir
+from edge_reasoner.activation.activate import Activation
 from edge_reasoner.chat.messages import as_messages
 from edge_reasoner.chat.model import ChatModel
 from edge_reasoner.chat.params import SamplingParams
@@ -23,6 +23,7 @@ from edge_reasoner.contract.template.render import Message
 from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.errors import InputError
 from edge_reasoner.gate.policy import Policy, check_mode
+from edge_reasoner.machine.cache_dir import default_cache_dir
 from edge_reasoner.preprocess.preprocessor import Preprocessor
 from edge_reasoner.query.answer import Answer, Piece
 from edge_reasoner.query.assemble import Machine, default_threads, open_local_model, open_preprocessor

@@ -5,11 +5,10 @@ The choice is cached per bundle, component, machine, runtime version and thread 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 import platform
 import re
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,9 +37,9 @@ from edge_reasoner.contract.bundle.manifest import (
 )
 from edge_reasoner.contract.bundle.open import Bundle
 from edge_reasoner.errors import BackendError, BundleError, TargetError
+from edge_reasoner.files import write_atomically
 from edge_reasoner.machine.isa import ImportProbe, isa_features, native_import_is_safe
 
-CACHE_VARIABLE = "EDGE_REASONER_CACHE"
 _MAX_CACHE_BYTES = 1 << 20
 #: Tried besides what a bundle asks for, where the architecture has known wrong or slow kernels.
 _GENERIC_OPTIONS: Mapping[str, tuple[Mapping[str, str], ...]] = {
@@ -97,29 +96,21 @@ class Activated:
         return cast(EncoderModel, self.model)
 
 
-def default_cache_dir(environment: Mapping[str, str]) -> Path:
-    """`EDGE_REASONER_CACHE`, else `edge_reasoner` in the platform's cache folder."""
-    if chosen := environment.get(CACHE_VARIABLE):
-        return Path(chosen)
-    base = environment.get("XDG_CACHE_HOME") or environment.get("LOCALAPPDATA")
-    return (Path(base) if base else Path.home() / ".cache") / "edge_reasoner"
-
-
 def activate(
     bundle: Bundle,
     kind: str,
     *,
     threads: int,
-    cache_dir: Path,
+    cache_dir: Path | None,
     clock: Clock = time.perf_counter,
     probe_import: Callable[[], ImportProbe] = native_import_is_safe,
 ) -> Activated:
     """Opens component `kind` in the fastest configuration that reproduces its golden vectors here.
 
     The first call on a machine imports the runtime in a child process, then tests every configuration
-    (seconds to a minute); later calls read the choice from `cache_dir`. Raises BundleError (no such
-    component, bad golden vectors), TargetError (no variant can run here), VerificationError (none reproduces
-    the golden vectors), BackendError.
+    (seconds to a minute); later calls read the choice from `cache_dir` (None: every call tests anew). Raises
+    BundleError (no such component, bad golden vectors), TargetError (no variant can run here),
+    VerificationError (none reproduces the golden vectors), BackendError.
     """
     component = bundle.component(kind)
     golden = parse_golden(bundle.read_bytes(component.golden, MAX_GOLDEN_BYTES), component.golden)
@@ -128,22 +119,26 @@ def activate(
     backends = _load_backends(component)
     machine = _machine(backends, threads)
     setup = _Setup(bundle, component, golden, backends, machine, clock)
-    path = cache_dir / "activation" / f"{_key(bundle, kind, machine)}.json"
-    cached = _read_cache(path)
+    path = _cache_path(cache_dir, bundle, kind, machine)
+    cached = None if path is None else _read_cache(path)
     if cached is not None and _matches(cached, setup):
         model = setup.open_cached(cached)
         if model is not None:
             return Activated(model, cached, True)
     activated = setup.run_self_test()
-    _write_atomically(path, msgspec.json.encode(activated.activation))
+    if path is not None:
+        _keep(path, msgspec.json.encode(activated.activation))
     return activated
 
 
-def cached_activation(bundle: Bundle, kind: str, *, threads: int, cache_dir: Path) -> Activation | None:
+def cached_activation(
+    bundle: Bundle, kind: str, *, threads: int, cache_dir: Path | None
+) -> Activation | None:
     """The choice that `activate` would read from the cache, or None. Loads the runtime, opens no model."""
     component = bundle.component(kind)
     backends = _load_backends(component)
-    return _read_cache(cache_dir / "activation" / f"{_key(bundle, kind, _machine(backends, threads))}.json")
+    path = _cache_path(cache_dir, bundle, kind, _machine(backends, threads))
+    return None if path is None else _read_cache(path)
 
 
 def _load_backends(component: Component) -> dict[str, Backend]:
@@ -279,9 +274,11 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(map(int, match[1].split(".")))
 
 
-def _key(bundle: Bundle, kind: str, machine: Machine) -> str:
+def _cache_path(cache_dir: Path | None, bundle: Bundle, kind: str, machine: Machine) -> Path | None:
+    """Where the choice for this bundle, component and machine is kept; None: nowhere."""
     identity = msgspec.json.encode([bundle.manifest.bundle_id, kind, machine])
-    return hashlib.sha256(identity).hexdigest()[:32]
+    name = f"{hashlib.sha256(identity).hexdigest()[:32]}.json"
+    return None if cache_dir is None else cache_dir / "activation" / name
 
 
 def _matches(cached: Activation, setup: _Setup) -> bool:
@@ -309,8 +306,11 @@ def _read_cache(path: Path) -> Activation | None:
         return None
 
 
-def _check_import(cache_dir: Path, probe_import: Callable[[], ImportProbe]) -> None:
+def _check_import(cache_dir: Path | None, probe_import: Callable[[], ImportProbe]) -> None:
     """Imports the runtime in a child process once per machine and wheel: a wheel may die with SIGILL."""
+    if cache_dir is None:
+        probe_import().raise_if_unsafe()
+        return
     identity = f"{platform.machine()} {_cpu_model()} {sorted(isa_features())} {_installed_runtime()}"
     path = cache_dir / "import" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
     try:
@@ -322,7 +322,7 @@ def _check_import(cache_dir: Path, probe_import: Callable[[], ImportProbe]) -> N
         return
     probe = probe_import()
     probe.raise_if_unsafe()
-    _write_atomically(path, msgspec.json.encode(probe))
+    _keep(path, msgspec.json.encode(probe))
 
 
 def _installed_runtime() -> str:
@@ -337,17 +337,8 @@ def _installed_runtime() -> str:
     return "unknown"
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Replaces the file in one step. A cache that cannot be written is no error: the test runs again."""
-    try:
+def _keep(path: Path, data: bytes) -> None:
+    """Writes a cache file. One that cannot be written is no error: what it says is found out again."""
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
-    except OSError:
-        return
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+        write_atomically(path, data)

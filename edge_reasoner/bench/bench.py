@@ -152,7 +152,8 @@ def run_fresh(arguments: str) -> None:
     Prints a line at the first token and, at the end, a JSON object with the process's peak memory.
     """
     given: Mapping[str, Any] = json.loads(arguments)
-    machine = Machine(threads=given["threads"], cache_dir=Path(given["cache_dir"]))
+    cache_dir = None if given["cache_dir"] is None else Path(given["cache_dir"])
+    machine = Machine(threads=given["threads"], cache_dir=cache_dir)
     bundle = open_bundle(given["bundle"])
     activated = _open(bundle, machine)
     engine = _engine(bundle, activated, activated.decoder.new_cache(given["context_tokens"]), machine.clock)
@@ -269,7 +270,7 @@ def _measure_fresh(
     arguments = {
         "bundle": str(bundle.root),
         "threads": machine.threads,
-        "cache_dir": str(machine.cache_dir.absolute()),
+        "cache_dir": None if machine.cache_dir is None else str(machine.cache_dir.absolute()),
         "context_tokens": context_tokens,
         "new_tokens": options.new_tokens,
         "prompt_ids": random_prompt(spec.vocab_size, options.prompt_tokens, (options.seed, 1 << 16)),

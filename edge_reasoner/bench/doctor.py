@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -103,9 +102,7 @@ def check_kernels(
     kinds = [part.kind for part in bundle.manifest.components if kind in (None, part.kind)]
     if not fresh:
         return [_check_component(bundle, name, machine) for name in kinds]
-    with tempfile.TemporaryDirectory(prefix="edge-reasoner-") as folder:
-        blank = replace(machine, cache_dir=Path(folder))
-        return [_check_component(bundle, name, blank) for name in kinds]
+    return [_check_component(bundle, name, replace(machine, cache_dir=None)) for name in kinds]
 
 
 def warnings_of(

@@ -14,7 +14,7 @@ from edge_reasoner.cli.options import (
     check_text,
     cloud_options,
     context_option,
-    decode_text,
+    decode_prompt,
     mode_option,
     open_reasoner,
     sampling_options,
@@ -71,4 +71,4 @@ def _read_line(interactive: bool) -> str | None:
         except UnicodeDecodeError as error:
             raise InputError(f"standard input: not UTF-8 at byte {error.start}") from error
     data = sys.stdin.buffer.readline(MAX_PROMPT_BYTES + 1)
-    return decode_text(data, "standard input").rstrip("\r\n") if data else None
+    return decode_prompt(data, "standard input").rstrip("\r\n") if data else None

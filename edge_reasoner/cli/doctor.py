@@ -47,7 +47,7 @@ def doctor(bundle: str | None, threads: int | None, retest: bool, as_json: bool)
         "versions": library_versions(),
         "import_probe": msgspec.to_builtins(probe),
         "bundle": None if opened is None else _bundle_part(opened, kernels),
-        "cache_dir": str(machine.cache_dir),
+        "cache_dir": None if machine.cache_dir is None else str(machine.cache_dir),
         "warnings": warnings_of(state, probe, facts, opened, kernels),
     }
     if as_json:

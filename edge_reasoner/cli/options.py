@@ -123,7 +123,7 @@ def open_reasoner(bundle: str | Bundle, *, mode: str, options: dict[str, Any]) -
 
 def open_machine(threads: int | None) -> Machine:
     """The machine at hand with that many threads (default: its cores). Raises InputError."""
-    from edge_reasoner.activation.activate import default_cache_dir
+    from edge_reasoner.machine.cache_dir import default_cache_dir
     from edge_reasoner.query.assemble import Machine, default_threads
 
     if threads is not None and threads < 1:
@@ -145,17 +145,16 @@ def check_text(text: str, what: str) -> str:
 def read_standard_input(what: str) -> str:
     """All of standard input, without its last newline. Raises InputError: too large, or not UTF-8."""
     data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
-    return decode_text(data, what).removesuffix("\n").removesuffix("\r")
+    return decode_prompt(data, what).removesuffix("\n").removesuffix("\r")
 
 
-def decode_text(data: bytes, what: str) -> str:
-    """`data` as UTF-8. Raises InputError: too large, or not UTF-8."""
+def decode_prompt(data: bytes, what: str) -> str:
+    """`data` as UTF-8, without a byte order mark. Raises InputError: too large, or not UTF-8."""
+    from edge_reasoner.files import decode_text
+
     if len(data) > MAX_PROMPT_BYTES:
         raise InputError(f"{what}: more than {MAX_PROMPT_BYTES} bytes; that is the most allowed")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{what}: not UTF-8 at byte {error.start}") from error
+    return decode_text(data, what)
 
 
 def _price(input_usd: float | None, output_usd: float | None) -> CloudPrice | None:

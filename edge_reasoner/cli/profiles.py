@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from edge_reasoner.contract.profile.load import (
 )
 from edge_reasoner.contract.profile.schema import DeviceProfile, Figure, Runtime
 from edge_reasoner.errors import InputError
+from edge_reasoner.files import write_atomically
 from edge_reasoner.machine.state import MachineState, read_state
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object.")
@@ -95,7 +94,10 @@ def probe_command(out: Path | None, name: str | None, as_json: bool) -> None:
     if out is not None:
         text = dump_profile_toml(profile)
         parse_profile(text.encode(), str(out))
-        _write_atomically(out, text)
+        try:
+            write_atomically(out, text.encode())
+        except OSError as error:
+            raise InputError(f"{out}: cannot write: {error.strerror or error}") from error
     if as_json:
         written = str(out) if out is not None else None
         _print_json({**_document(profile), "state": msgspec.to_builtins(state), "written": written})
@@ -239,20 +241,3 @@ def _show_state(state: MachineState, console: Console) -> None:
 def _plain(text: str) -> str:
     """Text for a rich table cell, its brackets not taken for markup."""
     return text.replace("[", r"\[")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Writes UTF-8 text through a temporary file beside `path`. Raises InputError if that cannot be done."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise InputError(f"{path}: cannot write: {error.strerror or error}") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write: {error.strerror or error}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from edge_reasoner.engine.generate import Engine
 from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.engine.tokens import TextTokenizer
 from edge_reasoner.errors import BundleError, TemplateError
+from edge_reasoner.files import decode_text
 from edge_reasoner.preprocess.preprocessor import Preprocessor
 
 #: Where the model's own context is longer, this bounds the KV cache unless the caller asks for more.
@@ -37,7 +38,8 @@ class Machine:
     """What opening a component needs of the world around it."""
 
     threads: int
-    cache_dir: Path
+    #: None: nothing is cached
+    cache_dir: Path | None
     clock: Callable[[], float] = time.perf_counter
     now: Callable[[], datetime] = datetime.now
 
@@ -104,10 +106,7 @@ def _open_template(
     path = f"{component.tokenizer}/{TEMPLATE_FILE}"
     if not _has(component, path):
         return None
-    try:
-        source = bundle.read_bytes(path, MAX_TEMPLATE_BYTES).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TemplateError(f"{path}: not UTF-8 at byte {error.start}") from error
+    source = decode_text(bundle.read_bytes(path, MAX_TEMPLATE_BYTES), path, error=TemplateError)
     return ChatTemplate(source, special_tokens=config.special_tokens(), clock=machine.clock, now=machine.now)
 
 

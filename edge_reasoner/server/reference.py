@@ -11,13 +11,13 @@ from pathlib import Path
 
 import uvicorn
 
-from edge_reasoner.activation.activate import default_cache_dir
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.contract.bundle.open import Bundle, open_bundle
 from edge_reasoner.contract.template.render import Message
 from edge_reasoner.engine.generate import TokenStream
 from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.errors import InputError
+from edge_reasoner.machine.cache_dir import default_cache_dir
 from edge_reasoner.query.assemble import Machine, default_threads, open_local_model
 from edge_reasoner.server.app import DEFAULT_MAX_WAITING, create_app
 from edge_reasoner.server.work import ChatModel

@@ -27,18 +27,26 @@ Exporter = Callable[[str, Path], Path]
 
 
 def reference_bundle(
-    model: str, cache_dir: Path, *, say: Callable[[str], None], find: Callable[[], Exporter] | None = None
+    model: str,
+    cache_dir: Path | None,
+    *,
+    say: Callable[[str], None],
+    find: Callable[[], Exporter] | None = None,
 ) -> Path:
     """The bundle directory to serve for `model`: itself, or a cached or new fp32 export of a checkpoint.
 
-    `say` is told before the slow steps. Raises InputError: no such path, or no exporter installed; and what
-    the exporter raises.
+    `say` is told before the slow steps. Raises InputError: no such path, no exporter, no cache for its export;
+    and what the exporter raises.
     """
     path = Path(model)
     if (path / MANIFEST_NAME).is_file():
         return path
     if not path.exists():
         raise InputError(f"{model}: no such bundle directory, .gguf file or Hugging Face directory")
+    if cache_dir is None:
+        raise InputError(
+            f"{model}: no cache folder to export it into; set EDGE_REASONER_CACHE, or give a bundle directory"
+        )
     export = (find or find_exporter)()
     say(f"reading {model} …")
     out = cache_dir / "reference" / content_key(path)

@@ -21,6 +21,7 @@ import msgspec
 
 from edge_reasoner.contract.profile.schema import DeviceProfile, allowed_values
 from edge_reasoner.errors import ProfileError
+from edge_reasoner.files import decode_text, read_bytes
 
 #: A profile file larger than this is refused before it is parsed.
 MAX_PROFILE_BYTES = 128 * 1024
@@ -47,7 +48,7 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
     """
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or "/" in text or "\\" in text or text.endswith(".toml"):
-        return parse_profile(_read_bounded(Path(text)), text)
+        return parse_profile(read_bytes(Path(text), MAX_PROFILE_BYTES, error=ProfileError), text)
     names = list_profiles()
     if text not in names:
         raise ProfileError(_unknown(text, names))
@@ -60,9 +61,7 @@ def parse_profile(data: bytes, where: str) -> DeviceProfile:
     if len(data) > MAX_PROFILE_BYTES:
         raise ProfileError(f"{where}: over {MAX_PROFILE_BYTES} bytes; a profile is smaller")
     try:
-        tree = _toml_loads()(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ProfileError(f"{where}: not UTF-8 (byte {error.start})") from error
+        tree = _toml_loads()(decode_text(data, where, error=ProfileError))
     except RecursionError as error:
         raise ProfileError(f"{where}: nested too deeply") from error
     except ValueError as error:  # tomllib.TOMLDecodeError, and numbers too long for int()
@@ -99,14 +98,6 @@ def _builtin_folder() -> Traversable:
         return importlib.resources.files(BUILTIN_PACKAGE)
     except ModuleNotFoundError as error:
         raise ProfileError(f"no built-in profiles: {BUILTIN_PACKAGE} is not installed; reinstall") from error
-
-
-def _read_bounded(path: Path) -> bytes:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(MAX_PROFILE_BYTES + 1)
-    except OSError as error:
-        raise ProfileError(f"{path}: cannot read the profile: {error.strerror or error}") from error
 
 
 def _unknown(text: str, names: tuple[str, ...]) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -11,7 +12,7 @@ from support.sequences import OneSequence
 from support.tiny_bundle import TOKENS, decoder_golden, variant, with_tolerance, write_bundle
 
 from edge_reasoner.activation import activate as module
-from edge_reasoner.activation.activate import activate, cached_activation, default_cache_dir
+from edge_reasoner.activation.activate import activate, cached_activation
 from edge_reasoner.backends import golden as golden_module
 from edge_reasoner.backends.onnxruntime.decoder import OrtDecoder
 from edge_reasoner.backends.onnxruntime.session import runtime_version
@@ -259,11 +260,14 @@ def test_wrong_argmax_alone_is_caught(golden):
     assert "not finite" in golden_module._compare(good, wrong, 0.1)[1]
 
 
-def test_default_cache_dir(tmp_path):
-    """The variable wins, then the platform's folder."""
-    assert default_cache_dir({"EDGE_REASONER_CACHE": "/x", "XDG_CACHE_HOME": "/y"}).as_posix() == "/x"
-    assert default_cache_dir({"XDG_CACHE_HOME": "/y"}).as_posix() == "/y/edge_reasoner"
-    assert default_cache_dir({}).name == "edge_reasoner"
+@pytest.mark.parametrize("where", [None, "/dev/null/cache", "/dev/full"])
+def test_no_cache_only_means_uncached(tmp_path, golden, where):
+    """Without a cache folder, or with one that takes nothing, every start tests anew and none fails."""
+    opened = write_bundle(tmp_path / "b", golden)
+    for _ in range(2):
+        result = start(opened, None if where is None else Path(where))
+        assert not result.from_cache
+        result.session.close()
 
 
 def test_activation_is_plain_json(tmp_path, golden):

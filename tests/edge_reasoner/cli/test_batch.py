@@ -53,7 +53,7 @@ def test_rows_and_summary(run, answering_bundle, tmp_path) -> None:
         ('{"prompt": "x", "max_tokens": 3}', "max_tokens"),
         ("[]", "object"),
         ("{", "not JSON"),
-        ('{"prompt": "\\ud800"}', "not JSON"),
+        ('{"prompt": "\\ud800"}', "lone surrogate"),
         ("[" * 100_000, "not JSON"),
     ],
 )

@@ -97,7 +97,11 @@ def test_oversized_and_missing_files(tmp_path):
     """A file over the bound, a directory and a missing file are refused in one line."""
     big = tmp_path / "big.toml"
     big.write_bytes(b"#" * (MAX_PROFILE_BYTES + 1))
-    for path, words in ((big, "bytes"), (tmp_path, "cannot read"), (tmp_path / "no.toml", "cannot read")):
+    for path, words in (
+        (big, "bytes"),
+        (tmp_path, "cannot be read"),
+        (tmp_path / "no.toml", "cannot be read"),
+    ):
         with pytest.raises(ProfileError, match=words):
             load_profile(path)
 

@@ -24,8 +24,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """Prints one JSON object on one line."""
-    click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
+    """Prints one JSON object on one line, escaped to ASCII: no locale can lose a character of it."""
+    click.echo(json.dumps(document, allow_nan=False))
 
 
 def printable(text: str) -> str:

@@ -109,7 +109,7 @@ def probe_command(out: Path | None, name: str | None, as_json: bool) -> None:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    click.echo(json.dumps(document, ensure_ascii=False))
+    click.echo(json.dumps(document))
 
 
 def _document(profile: DeviceProfile) -> dict[str, Any]:

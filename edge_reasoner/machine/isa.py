@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 
 from edge_reasoner.contract.profile.schema import ARM_FEATURES, X86_FEATURES, Record
 from edge_reasoner.errors import BackendError
+from edge_reasoner.machine.quiet import QUIET_VARIABLES
 from edge_reasoner.machine.sysfs import read_text
 
 _AT_HWCAP, _AT_HWCAP2 = 16, 26
@@ -29,7 +30,8 @@ _HWCAP2_BITS = {1: "sve2", 9: "svei8mm", 13: "i8mm", 14: "bf16", 23: "sme"}
 #: spellings of /proc/cpuinfo that differ from the profiles' vocabulary
 _CPUINFO_NAMES = {"atomics": "lse", "avx512_vnni": "avx512vnni"}
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-_CHILD = """import platform
+_CHILD = """import os, platform
+os.environ.update({1!r})
 print(platform.machine(), flush=True)
 import {0} as module
 print(getattr(module, "__version__", ""))
@@ -84,7 +86,7 @@ def native_import_is_safe(
     """
     if not _MODULE.fullmatch(module):
         raise ValueError(f"not a module name: {module!r}")
-    command = [*python, "-c", _CHILD.format(module)]
+    command = [*python, "-c", _CHILD.format(module, QUIET_VARIABLES)]
     try:
         done = run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:

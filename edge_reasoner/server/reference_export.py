@@ -35,8 +35,8 @@ def reference_bundle(
 ) -> Path:
     """The bundle directory to serve for `model`: itself, or a cached or new fp32 export of a checkpoint.
 
-    `say` is told before the slow steps. Raises InputError: no such path, no exporter, no cache for its export;
-    and what the exporter raises.
+    `say` is told before the slow steps. Raises InputError: no such path, no exporter, no cache to export
+    into; and what the exporter raises.
     """
     path = Path(model)
     if (path / MANIFEST_NAME).is_file():

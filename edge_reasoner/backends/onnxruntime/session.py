@@ -6,17 +6,24 @@ does not burn a core (openpilot#22736).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from edge_reasoner.backends.onnxruntime.session_options import check_session_options
 from edge_reasoner.errors import BackendError, BundleError, InputError
+from edge_reasoner.machine.quiet import silence_telemetry
+
+silence_telemetry(os.environ)  # the library reads it while it is imported: no later place is early enough
+import onnxruntime  # noqa: E402
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # noqa: E402
+
+if hasattr(onnxruntime, "disable_telemetry_events"):  # for a program that has imported the library before us
+    onnxruntime.disable_telemetry_events()
 
 CPU = "CPUExecutionProvider"
 _DEFAULT_OPTIONS: Mapping[str, str] = {

@@ -75,8 +75,8 @@ class DecoderModel(Protocol):
         """Width of a logits row."""
 
     @property
-    def hidden_size(self) -> int | None:
-        """Width of the hidden states, or None where the graph does not give them."""
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
 
     def new_cache(self, context_tokens: int | None = None) -> KVCache:
         """An empty cache (None: the model's own limit). Memory is touched only as it fills.
@@ -94,8 +94,7 @@ class DecoderModel(Protocol):
         """Appends tokens (int64 [n], n ≥ 1) to `cache`; gives the last `num_logits` positions' logits.
 
         Prefill and decode are the same call; long input is fed in chunks. Raises ContextOverflowError when
-        the cache would overflow, BackendError when the library fails (the cache's length is then unchanged)
-        or when `hidden` is asked of a graph without hidden states.
+        the cache would overflow, BackendError when the library fails (the cache's length is then unchanged).
         """
 
     def close(self) -> None:

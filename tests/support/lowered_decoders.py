@@ -49,6 +49,7 @@ def decoder_spec(config: DecoderConfig, context_tokens: int, kv_dtype: str = "fl
     return DecoderSpec(
         family=config.family,
         vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
         kv_heads=tuple(layer.num_kv_heads for layer in config.layers),
         head_dim=tuple(layer.head_dim for layer in config.layers),
         kv_dtype=kv_dtype,

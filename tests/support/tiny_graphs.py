@@ -25,6 +25,7 @@ def decoder_spec(kv_dtype: str = "float32", **changes) -> DecoderSpec:
     fields = {
         "family": "llama",
         "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
         "kv_heads": (KV_HEADS,) * LAYERS,
         "head_dim": (HEAD_DIM,) * LAYERS,
         "kv_dtype": kv_dtype,
@@ -89,7 +90,7 @@ class _Builder:
     initializers: list = field(default_factory=list)
 
     def constant(self, name: str, value: np.ndarray) -> str:
-        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self.initializers.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
         return name
 
     def node(self, op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes) -> str:
@@ -164,10 +165,13 @@ def decoder_model(
         silu = b.node("Mul", [gate, sigmoid], [f"{i}.silu"])
         product = b.node("Mul", [silu, up], [f"{i}.product"])
         x = b.node("Add", [x, b.linear(product, w[f"{i}.down"], f"{i}.down")], [f"{i}.x2"])
+    end, axis = b.constant("end", np.array([np.iinfo(np.int64).max])), b.constant("axis", np.array([1]))
+    start = b.node("Neg", ["states_to_keep"], ["states_start"])
+    states = b.norm(b.node("Slice", [x, start, end, axis], ["states"]), w["norm"], "norm")
+    b.node("Gather", [states, b.constant("final", np.array(-1))], ["hidden_last"], axis=1)
+    b.node("ReduceSum", [states, axis], ["hidden_sum"], keepdims=0)
     start = b.node("Neg", ["logits_to_keep"], ["start"])
-    end = b.constant("end", np.array([np.iinfo(np.int64).max]))
-    last = b.node("Slice", [x, start, end, b.constant("axis", np.array([1]))], ["last"])
-    b.linear(b.norm(last, w["norm"], "norm"), w["head"], "head")
+    b.linear(b.node("Slice", [states, start, end, axis], ["last"]), w["head"], "head")
     b.node("Identity", ["head.out"], ["logits"])
     return _model(b, *_decoder_values(kv_dtype, context))
 
@@ -181,8 +185,10 @@ def _decoder_values(kv_dtype: str, context: int | str) -> tuple[list, list]:
         info("seqlens_k", TensorProto.INT32, ["batch"]),
         info("total_sequence_length", TensorProto.INT32, []),
         info("logits_to_keep", TensorProto.INT64, [1]),
+        info("states_to_keep", TensorProto.INT64, [1]),
     ]
     outputs = [info("logits", TensorProto.FLOAT, ["batch", "kept", VOCAB])]
+    outputs += [info(f"hidden_{name}", TensorProto.FLOAT, ["batch", HIDDEN]) for name in ("last", "sum")]
     for i in range(LAYERS):
         for side in ("key", "value"):
             inputs.append(info(f"past_key_values.{i}.{side}", kv_type, kv_shape))

@@ -63,6 +63,9 @@ class OrtDecoder:
         self._seqlens = np.zeros((1,), np.int32)
         self._total = np.zeros((), np.int32)
         self._keep = np.ones((1,), np.int64)
+        self._states = np.ones((1,), np.int64)
+        self._hidden_last = np.zeros((1, spec.hidden_size), np.float32)
+        self._hidden_sum = np.zeros((1, spec.hidden_size), np.float32)
         self._row = np.zeros((1, 1, spec.vocab_size), np.float32)
         self._rows = self._row[0]
 
@@ -87,9 +90,9 @@ class OrtDecoder:
         return self._spec.vocab_size
 
     @property
-    def hidden_size(self) -> int | None:
-        """Width of the hidden states, or None where the graph does not give them."""
-        return None
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self._spec.hidden_size
 
     def new_cache(self, context_tokens: int | None = None) -> OrtKVCache:
         """See `DecoderModel.new_cache`."""
@@ -135,6 +138,9 @@ class OrtDecoder:
         binding.bind_ortvalue_input("seqlens_k", ort_value(self._seqlens))
         binding.bind_ortvalue_input("total_sequence_length", ort_value(self._total))
         binding.bind_ortvalue_input("logits_to_keep", ort_value(self._keep))
+        binding.bind_ortvalue_input("states_to_keep", ort_value(self._states))
+        binding.bind_ortvalue_output("hidden_last", ort_value(self._hidden_last))
+        binding.bind_ortvalue_output("hidden_sum", ort_value(self._hidden_sum))
         for index, value in enumerate(buffers.values):
             name = f"{index // 2}.{('key', 'value')[index % 2]}"
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
@@ -160,27 +166,28 @@ class OrtDecoder:
             )
         if int(token_ids.min()) < 0 or int(token_ids.max()) >= self.vocab_size:
             raise InputError(f"{self._where}: token ids must be in 0 … {self.vocab_size - 1}")
-        if hidden:
-            raise BackendError(f"{self._where}: the graph gives no hidden states")
         with library_errors(f"{self._where}: running {count} tokens"):
             if count == 1:
-                rows = self._step(session, bindings.decode, token_ids, length)
+                step = self._step(session, bindings.decode, token_ids, length)
             else:
-                rows = self._prefill(session, bindings.prefill, token_ids, length, num_logits)
+                step = self._prefill(session, bindings.prefill, token_ids, length, num_logits, hidden)
         cache.grow(count)
-        return Step(rows)
+        return step if hidden else Step(step.logits)
 
-    def _step(self, session: Any, binding: Any, token_ids: TokenIds, length: int) -> Logits:
+    def _step(self, session: Any, binding: Any, token_ids: TokenIds, length: int) -> Step:
         self._token[0, 0] = token_ids[0]
-        self._set_lengths(length + 1, 1)
+        self._set_lengths(length + 1, 1, 1)
         session.run_with_iobinding(binding)
-        logits: Logits = self._row[0]
-        return logits
+        return Step(self._row[0], self._hidden_last[0], self._hidden_sum[0])
 
     def _prefill(
-        self, session: Any, binding: Any, token_ids: TokenIds, length: int, num_logits: int
-    ) -> Logits:
-        """Runs chunks; each writes its share of the wanted rows straight into the result."""
+        self, session: Any, binding: Any, token_ids: TokenIds, length: int, num_logits: int, hidden: bool
+    ) -> Step:
+        """Runs chunks; each writes its share of the wanted rows straight into the result.
+
+        With `hidden` all positions go through the last layer's MLP, not only those that get logits.
+        """
+        total = np.zeros(self.hidden_size, np.float32)
         count = token_ids.shape[0]
         rows = self._result_rows(num_logits)
         for start in range(0, count, PREFILL_CHUNK_TOKENS):
@@ -189,12 +196,13 @@ class OrtDecoder:
             # result row r belongs to position count - num_logits + r
             first, last = max(0, start - (count - num_logits)), end - (count - num_logits)
             target = rows[first:last] if last > 0 else self._row[0]
-            self._set_lengths(length + end, target.shape[0])
+            self._set_lengths(length + end, target.shape[0], chunk.shape[0] if hidden else target.shape[0])
             tokens = np.ascontiguousarray(chunk, np.int64).reshape(1, -1)
             binding.bind_ortvalue_input("input_ids", ort_value(tokens))
             binding.bind_ortvalue_output("logits", ort_value(target[np.newaxis]))
             session.run_with_iobinding(binding)
-        return rows
+            total += self._hidden_sum[0]
+        return Step(rows, self._hidden_last[0], total)
 
     def _result_rows(self, num_logits: int) -> Logits:
         if num_logits == 1:
@@ -205,10 +213,11 @@ class OrtDecoder:
         rows: Logits = self._rows[:num_logits]
         return rows
 
-    def _set_lengths(self, total_tokens: int, kept: int) -> None:
+    def _set_lengths(self, total_tokens: int, kept: int, states: int) -> None:
         self._seqlens[0] = total_tokens - 1
         self._total[()] = total_tokens
         self._keep[0] = kept
+        self._states[0] = states
 
     def close(self) -> None:
         """Releases graph, weights and the memory of its caches. Idempotent."""

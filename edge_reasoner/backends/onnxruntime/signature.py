@@ -20,8 +20,13 @@ def decoder_signature(spec: DecoderSpec) -> tuple[Signature, Signature]:
         "seqlens_k": ("tensor(int32)", (None,)),
         "total_sequence_length": ("tensor(int32)", ()),
         "logits_to_keep": ("tensor(int64)", (1,)),
+        "states_to_keep": ("tensor(int64)", (1,)),
     }
-    outputs: Signature = {"logits": ("tensor(float)", (None, None, spec.vocab_size))}
+    outputs: Signature = {
+        "logits": ("tensor(float)", (None, None, spec.vocab_size)),
+        "hidden_last": ("tensor(float)", (None, spec.hidden_size)),
+        "hidden_sum": ("tensor(float)", (None, spec.hidden_size)),
+    }
     for layer, (heads, width) in enumerate(zip(spec.kv_heads, spec.head_dim, strict=True)):
         for side in ("key", "value"):
             inputs[f"past_key_values.{layer}.{side}"] = (kv_type, (None, heads, None, width))

@@ -73,12 +73,16 @@ class DecoderSpec(_Record, frozen=True, kw_only=True, tag="decoder", tag_field="
 
     Graph inputs: `input_ids` int64 [batch, tokens]; `seqlens_k` int32 [batch] (tokens in the cache after this
     step, minus one); `total_sequence_length` int32 []; `logits_to_keep` int64 [1] (how many last positions
-    get logits); `past_key_values.{i}.key|value` [batch, kv_heads[i], context, head_dim[i]]. Outputs: `logits`
-    float32 [batch, logits_to_keep, vocab]; `present.{i}.key|value`, to be bound to the same buffers as past.
+    get logits); `states_to_keep` int64 [1] (how many last positions get through the final norm, at least
+    those); `past_key_values.{i}.key|value` [batch, kv_heads[i], context, head_dim[i]]. Outputs: `logits`
+    float32 [batch, logits_to_keep, vocab]; `hidden_last` float32 [batch, hidden_size], the final norm's
+    output at the last position; `hidden_sum`, the same summed over the last `states_to_keep` positions;
+    `present.{i}.key|value`, to be bound to the same buffers as past.
     """
 
     family: Name
     vocab_size: PositiveCount
+    hidden_size: PositiveCount
     kv_heads: tuple[PositiveCount, ...]
     head_dim: tuple[PositiveCount, ...]
     kv_dtype: Literal["float32", "float16"]

@@ -2,8 +2,9 @@
 
 Per layer: SkipSimplifiedLayerNormalization → packed QKV → GroupQueryAttention (rotary inside, KV buffers
 shared between past and present) → output projection → SkipSimplifiedLayerNormalization → gated MLP. Tied
-embeddings exist once. Only the positions that the caller wants logits for reach the last layer's MLP and the
-head. The contract of inputs and outputs is `edge_reasoner.contract.bundle.manifest.DecoderSpec`.
+embeddings exist once. Only the positions that the caller wants states of reach the last layer's MLP and the
+final norm, only those it wants logits of the head.
+The contract of inputs and outputs is `edge_reasoner.contract.bundle.manifest.DecoderSpec`.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ class _DecoderLowering:
         seqlens = graph.input("seqlens_k", ir.DataType.INT32, ["batch"])
         total = graph.input("total_sequence_length", ir.DataType.INT32, [])
         keep = graph.input("logits_to_keep", ir.DataType.INT64, [1])
+        states = graph.input("states_to_keep", ir.DataType.INT64, [1])
         hidden = self._embed(ids)
         residual: ir.Value = hidden
         branch: ir.Value | None = None
@@ -106,12 +108,14 @@ class _DecoderLowering:
             branch, present = self._attention(index, layer, normed, seqlens, total, window)
             presents.append(present)
             if index == len(config.layers) - 1:
-                branch, residual = self._last_positions(branch, residual, keep)
+                branch = self._last_positions(branch, states, "states_branch")
+                residual = self._last_positions(residual, states, "states_residual")
             normed, residual = self._norm(branch, residual, f"layers.{index}.mlp_norm")
             branch = self._mlp(index, normed)
         normed, _ = self._norm(branch, residual, "norm")
-        logits = self._head(normed)
+        logits = self._head(self._last_positions(normed, keep, "kept"))
         graph.output(logits, "logits", ir.DataType.FLOAT, ["batch", "kept", config.vocab_size])
+        self._hidden_outputs(normed)
         for index, (layer, present) in enumerate(zip(config.layers, presents, strict=True)):
             for kind, value in zip(("key", "value"), present, strict=True):
                 graph.output(value, f"present.{index}.{kind}", self._float, self._kv_shape(layer))
@@ -287,19 +291,29 @@ class _DecoderLowering:
         branch = self._read.linear(product, f"{at}.down", self._weights[f"{at}.down"])
         return self._post_norm(branch, f"{at}.mlp_post_norm")
 
-    def _last_positions(
-        self, branch: ir.Value, residual: ir.Value, keep: ir.Value
-    ) -> tuple[ir.Value, ir.Value]:
-        """Only the last `keep` positions go on: the rest of the last layer is for their logits alone."""
+    def _last_positions(self, value: ir.Value, count: ir.Value, name: str) -> ir.Value:
+        """The last `count` positions of [batch, tokens, width]."""
         graph = self._graph
-        start = graph.node("Neg", [keep], "kept_from")
+        start = graph.node("Neg", [count], f"{name}_from")
         end = graph.constant("kept_to", np.array([_LAST], dtype=np.int64))
         axis = graph.constant("kept_axis", np.array([1], dtype=np.int64))
-        cut = [
-            graph.node("Slice", [value, start, end, axis], f"kept_{name}")
-            for name, value in (("branch", branch), ("residual", residual))
-        ]
-        return cut[0], cut[1]
+        return graph.node("Slice", [value, start, end, axis], name)
+
+    def _hidden_outputs(self, normed: ir.Value) -> None:
+        """The final norm's output at the last position, and its sum over the positions kept.
+
+        They cost a decode step two copies of one row: nothing has to be computed for them alone.
+        """
+        graph = self._graph
+        shape: list[int | str] = ["batch", self._config.hidden_size]
+        if self._options.compute != "float32":
+            normed = graph.node("Cast", [normed], "states_float32", to=int(ir.DataType.FLOAT))
+        axis = graph.constant("kept_axis", np.array([1], dtype=np.int64))
+        last = graph.constant("last_position", np.array(-1, dtype=np.int64))
+        at_last = graph.node("Gather", [normed, last], "last_state", axis=1)
+        total = graph.node("ReduceSum", [normed, axis], "summed_states", keepdims=0)
+        graph.output(at_last, "hidden_last", ir.DataType.FLOAT, shape)
+        graph.output(total, "hidden_sum", ir.DataType.FLOAT, shape)
 
     def _head(self, normed: ir.Value) -> ir.Value:
         graph, config = self._graph, self._config

@@ -119,6 +119,7 @@ def _decoder_spec(stored: Stored) -> DecoderSpec:
     return DecoderSpec(
         family=config.family,
         vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
         kv_heads=tuple(layer.num_kv_heads for layer in config.layers),
         head_dim=tuple(layer.head_dim for layer in config.layers),
         kv_dtype=plan.kv_dtype,

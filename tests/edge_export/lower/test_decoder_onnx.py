@@ -62,6 +62,23 @@ def test_only_the_last_positions(lowered):
     session.close()
 
 
+@pytest.mark.parametrize("sizes", [[40], [1] * 40, [17, 1, 1, 21]])
+def test_hidden_states_equal_transformers(lowered, sizes):
+    """The final norm's output at the last position and its mean over the prompt, however it is fed."""
+    model, path, spec = lowered
+    with torch.no_grad():
+        expected = model.model(tokens()).last_hidden_state[0]
+    decoder = OrtDecoder(path, spec, threads=1)
+    cache, total, fed = decoder.new_cache(), torch.zeros(spec.hidden_size), 0
+    for piece in tokens()[0].split(sizes):
+        step = decoder.extend(cache, piece.numpy(), hidden=True)
+        fed += len(piece)
+        assert close(torch.from_numpy(step.hidden_last.copy()), expected[fed - 1], relative=2e-4)
+        total += torch.from_numpy(step.hidden_sum)
+    assert close(total / fed, expected.mean(0), relative=2e-4)
+    decoder.close()
+
+
 def _pruned(checkpoint):
     """The config and tensors of a decoder whose layers differ in heads and widths, as after pruning."""
     config = checkpoint.config
@@ -198,7 +215,8 @@ def test_the_context_is_the_caches_length(tmp_path):
     )
     graph = graph_of(path).graph
     names = [value.name for value in graph.input]
-    assert names[:4] == ["input_ids", "seqlens_k", "total_sequence_length", "logits_to_keep"]
+    wanted = ["input_ids", "seqlens_k", "total_sequence_length", "logits_to_keep", "states_to_keep"]
+    assert names[: len(wanted)] == wanted
     past = {v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim] for v in graph.input}
     for index, (heads, width) in enumerate(zip(spec.kv_heads, spec.head_dim, strict=True)):
         for side in ("key", "value"):

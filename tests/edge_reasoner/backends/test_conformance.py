@@ -246,6 +246,28 @@ def test_wrong_calls(decoder):
         decoder.rewind(1)
 
 
+def test_hidden_states(decoder):
+    """The last position's state and the sum over all, the same however the tokens are cut into calls."""
+    model, cache = decoder.model, decoder.cache
+    plain = model.extend(cache, TOKENS)
+    assert (plain.hidden_last, plain.hidden_sum) == (None, None)
+    logits = plain.logits.copy()
+    cache.rewind(0)
+    whole = model.extend(cache, TOKENS, hidden=True)
+    assert whole.hidden_last is not None and whole.hidden_sum is not None
+    assert whole.hidden_last.shape == whole.hidden_sum.shape == (model.hidden_size,)
+    assert whole.hidden_last.dtype == whole.hidden_sum.dtype == np.float32
+    assert close(whole.logits, logits)
+    last, total = whole.hidden_last.copy(), whole.hidden_sum.copy()
+    cache.rewind(0)
+    summed = np.zeros_like(total)
+    for start, stop, num_logits in ((0, 550, 1), (550, 551, 1), (551, 590, 20), (590, 600, 10)):
+        step = model.extend(cache, TOKENS[start:stop], num_logits, hidden=True)
+        summed += step.hidden_sum
+    np.testing.assert_allclose(step.hidden_last, last, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(summed, total, rtol=1e-3, atol=2e-2)
+
+
 USES = {
     "extend": lambda model, cache: model.extend(cache, TOKENS[:1]),
     "rewind": lambda model, cache: cache.rewind(0),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,11 +25,11 @@ from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.engine.tokens import TextTokenizer
 from edge_reasoner.errors import BundleError, TemplateError
 from edge_reasoner.files import decode_text
+from edge_reasoner.machine.allowance import allowance
 from edge_reasoner.preprocess.preprocessor import Preprocessor
 
 #: Where the model's own context is longer, this bounds the KV cache unless the caller asks for more.
 DEFAULT_CONTEXT_TOKENS = 4096
-_MAX_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,8 @@ class Machine:
 
 
 def default_threads() -> int:
-    """Cores this process may use, at most 8 (more only wait for memory)."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity is not None else (os.cpu_count() or 1)
-    return max(1, min(cores, _MAX_THREADS))
+    """Threads that the machine's `allowance` gives this process."""
+    return allowance().threads
 
 
 def open_local_model(

@@ -25,8 +25,10 @@ from edge_export.progress import Progress
 from edge_export.quantize import DEFAULT_QUANTIZER, QUANTIZERS, quantizer_names
 from edge_reasoner._version import __version__
 from edge_reasoner.errors import EdgeReasonerError, InputError
+from edge_reasoner.machine.allowance import allowance
 
 _INTERRUPTED = 130
+_MAX_THREADS = 1024
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -92,7 +94,9 @@ _INTERRUPTED = 130
 @click.option("--licence", help="The model's licence, where the checkpoint does not name it.")
 @click.option("--bundle-version", "version", type=click.IntRange(1), default=1, show_default=True)
 @click.option(
-    "--threads", type=click.IntRange(1, MAX_THREADS), help="Threads to export with; default: all cores."
+    "--threads",
+    type=click.IntRange(1, MAX_THREADS),
+    help="Threads to export with; default: what this process may use.",
 )
 @click.option(
     "--cache",
@@ -129,7 +133,7 @@ def _export_all(
 ) -> Iterator[Any]:  # fmt: skip
     # Spinning worker threads make a busy machine several times slower; read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    count = threads or os.cpu_count() or 1
+    count = threads or allowance(most_threads=_MAX_THREADS).threads
     options = ExportOptions(threads=count, **chosen)
     import torch
 

@@ -267,7 +267,7 @@ def test_no_cache_only_means_uncached(tmp_path, golden, where):
     for _ in range(2):
         result = start(opened, None if where is None else Path(where))
         assert not result.from_cache
-        result.session.close()
+        result.model.close()
 
 
 def test_activation_is_plain_json(tmp_path, golden):

@@ -26,6 +26,7 @@ from edge_export.quantize import DEFAULT_QUANTIZER, QUANTIZERS, quantizer_names
 from edge_reasoner._version import __version__
 from edge_reasoner.errors import EdgeReasonerError, InputError
 from edge_reasoner.machine.allowance import allowance
+from edge_reasoner.machine.cache_dir import default_cache_dir
 
 _INTERRUPTED = 130
 _MAX_THREADS = 1024
@@ -157,13 +158,8 @@ def _cache_folder(chosen: str | None) -> Path | None:
         return None
     if chosen is not None:
         return Path(chosen)
-    if found := os.environ.get("EDGE_REASONER_CACHE"):
-        return Path(found) / "export"
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "edge_reasoner" / "export"
-    except RuntimeError:  # nobody's home folder is known
-        return None
+    found = default_cache_dir(os.environ)
+    return None if found is None else found / "export"
 
 
 def _in_flags(message: str) -> str:

@@ -31,6 +31,7 @@ from safetensors.torch import save as save_tensors
 
 from edge_reasoner.contract.bundle.manifest import check_relative_path
 from edge_reasoner.errors import BundleError
+from edge_reasoner.files import write_atomically
 
 T = TypeVar("T")
 
@@ -144,7 +145,7 @@ class StageCache:
             for path in files:
                 assert folder is not None, path
                 listed.append(_copy_synced(folder / path, staging / _FILES / path, path))
-            _write_synced(staging / _VALUE, _dump(value, tuple(listed)))
+            write_atomically(staging / _VALUE, _dump(value, tuple(listed)))
             size_bytes = _size_bytes(staging)
             if size_bytes > self._budget():
                 return
@@ -218,9 +219,7 @@ class Notes:
                 out.flush()
                 os.fsync(out.fileno())
             written = _File(_DATA, self._noted_bytes, self._hash.copy().hexdigest())
-            temporary = self.folder / f".{_VALUE}"
-            _write_synced(temporary, _dump(value, (written,)))
-            temporary.replace(self.folder / _VALUE)
+            write_atomically(self.folder / _VALUE, _dump(value, (written,)))
         except OSError:
             self.clear()
             self.folder = None
@@ -323,13 +322,6 @@ def _copy_synced(source: Path, target: Path, name: str) -> _File:
         out.flush()
         os.fsync(out.fileno())
     return _File(name, size_bytes, hashed.hexdigest())
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
 
 
 def _size_bytes(folder: Path) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from edge_reasoner.activation.activate import Activation
+from edge_reasoner.activation.store import Activation
 from edge_reasoner.chat.messages import as_messages
 from edge_reasoner.chat.model import ChatModel
 from edge_reasoner.chat.params import SamplingParams

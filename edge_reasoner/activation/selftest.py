@@ -1,8 +1,8 @@
-"""The activation self-test: which kernel configuration reproduces the golden vectors, and which is fastest.
+"""The activation self-test: which candidate reproduces the golden vectors, and which is fastest.
 
 A kernel is not trusted before it has been checked on this machine: int4 MatMulNBits at accuracy level 4,
 with several tokens at once, gives a wrong argmax through KleidiAI under an emulated Cortex-A76, while the
-same graph agrees with `mlas.disable_kleidiai=1`. So every configuration must reproduce the logits that the
+same graph agrees with `mlas.disable_kleidiai=1`. So every candidate must reproduce the logits that the
 exporter computed with torch, for a prefill of several tokens and token by token; the fastest that does is
 taken. Candidates marked `reference` (slow arithmetic) are tried only if no other passes. One model is open
 at a time.
@@ -15,13 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-import msgspec
-
+from edge_reasoner.activation.choice import Candidate, CandidateReport
 from edge_reasoner.backends.golden import Trial
-from edge_reasoner.contract.bundle.manifest import Variant
 from edge_reasoner.errors import BackendError, BundleError, VerificationError
 
-#: A later configuration must need less than this share of the best time so far, or noise would decide.
+#: A later candidate must need less than this share of the best time so far, or noise would decide.
 _WORTHWHILE = 0.97
 
 
@@ -32,25 +30,6 @@ class _Closable(Protocol):
 S = TypeVar("S", bound=_Closable)
 
 
-class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One variant with one set of model options."""
-
-    variant_id: str
-    session_options: dict[str, str]
-    reference: bool = False
-
-
-class CandidateReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What became of one candidate; `error` and `step_ms` as in `Trial`, None where it got not so far."""
-
-    variant_id: str
-    session_options: dict[str, str]
-    passed: bool
-    reason: str
-    error: float | None = None
-    step_ms: float | None = None
-
-
 @dataclass(frozen=True)
 class Outcome(Generic[S]):
     """The winner with its model still open, and a report for every candidate that was tried."""
@@ -58,30 +37,6 @@ class Outcome(Generic[S]):
     model: S
     candidate: Candidate
     reports: tuple[CandidateReport, ...]
-
-
-def list_candidates(
-    variants: Sequence[Variant],
-    generic_options: Sequence[Mapping[str, str]],
-    last_resort_options: Sequence[Mapping[str, str]] = (),
-) -> tuple[Candidate, ...]:
-    """Every variant as it stands and with each of the generic options added; variants in their order.
-
-    With `last_resort_options` added, a variant is a reference candidate, like those that the bundle marks.
-    """
-    plain = [(variant, extra, variant.reference) for variant in variants for extra in ({}, *generic_options)]
-    fast = [variant for variant in variants if not variant.reference]
-    slow = [(variant, extra, True) for variant in fast for extra in last_resort_options]
-    result: list[Candidate] = []
-    for variant, extra, reference in (*plain, *slow):
-        candidate = Candidate(
-            variant_id=variant.id,
-            session_options={**variant.session_options, **extra},
-            reference=reference,
-        )
-        if candidate not in result:
-            result.append(candidate)
-    return tuple(result)
 
 
 def choose(
@@ -101,7 +56,7 @@ def choose(
             return Outcome(model, candidate, tuple(reports))
     tried = "; ".join(f"{r.variant_id} {_options_text(r.session_options)}: {r.reason}" for r in reports)
     raise VerificationError(
-        f"no configuration reproduces the golden vectors on this machine: {tried or 'no usable variant'}"
+        f"no variant reproduces the golden vectors on this machine: {tried or 'no usable variant'}"
     )
 
 

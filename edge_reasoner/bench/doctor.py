@@ -15,7 +15,7 @@ import msgspec
 
 from edge_reasoner._version import __version__
 from edge_reasoner.activation.activate import activate, cached_activation
-from edge_reasoner.activation.selftest import CandidateReport
+from edge_reasoner.activation.choice import CandidateReport
 from edge_reasoner.contract.bundle.open import Bundle
 from edge_reasoner.contract.profile.load import load_profile
 from edge_reasoner.errors import CheckFailedError, ProfileError

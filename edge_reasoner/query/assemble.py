@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from edge_reasoner.activation.activate import Activation, activate
+from edge_reasoner.activation.activate import activate
+from edge_reasoner.activation.store import Activation
 from edge_reasoner.contract.bundle.manifest import Component, ComponentKind, DecoderSpec
 from edge_reasoner.contract.bundle.open import Bundle
 from edge_reasoner.contract.bundle.tokenizer_files import (

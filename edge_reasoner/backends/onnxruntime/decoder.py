@@ -154,7 +154,7 @@ class OrtDecoder:
         session = self._open_session()
         if not isinstance(cache, OrtKVCache) or cache not in self._caches:
             raise ValueError(f"{self._where}: the cache belongs to another model")
-        bindings, length = cache.state.bindings, cache.length_tokens
+        state, length = cache.state, cache.length_tokens  # `state` keeps the buffers until this call is over
         count = token_ids.shape[0] if token_ids.ndim == 1 else 0
         if not 1 <= num_logits <= count:
             raise ValueError(
@@ -168,9 +168,9 @@ class OrtDecoder:
             raise InputError(f"{self._where}: token ids must be in 0 … {self.vocab_size - 1}")
         with library_errors(f"{self._where}: running {count} tokens"):
             if count == 1:
-                step = self._step(session, bindings.decode, token_ids, length)
+                step = self._step(session, state.bindings.decode, token_ids, length)
             else:
-                step = self._prefill(session, bindings.prefill, token_ids, length, num_logits, hidden)
+                step = self._prefill(session, state.bindings.prefill, token_ids, length, num_logits, hidden)
         cache.grow(count)
         return step if hidden else Step(step.logits)
 

@@ -1,12 +1,15 @@
 """One sequence's KV cache: buffers that a graph appends to in place, and the bindings over them.
 
 Each buffer is bound as both `past_key_values` and `present` (GroupQueryAttention then appends in place), so
-rewinding is a change of one counter. `np.zeros` leaves pages untouched until they are written: a large
-context costs memory only as it fills.
+rewinding is a change of one counter. Buffers are anonymous mappings, whose pages exist only once written: a
+large context costs memory only as it fills, and a closed cache gives all of it back.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +20,8 @@ from numpy.typing import NDArray
 from edge_reasoner.backends.onnxruntime.session import ort_value
 from edge_reasoner.errors import BackendError
 
+#: From this size on, as numpy does it, the kernel is asked for huge pages.
+_HUGE_BYTES = 1 << 22
 #: Bytes of a cache with so many tokens of context and these filled parts.
 Pack = Callable[[int, Sequence[NDArray[Any]]], bytes]
 
@@ -41,7 +46,7 @@ class KVBuffers:
         self._arrays: list[NDArray[Any]] = []
         self.values: list[Any] = []
         for index, (heads, width) in enumerate(room.shapes):
-            array: NDArray[Any] = np.zeros((1, heads, room.tokens, width), room.dtype)
+            array: NDArray[Any] = _zeros((1, heads, room.tokens, width), room.dtype)
             if filled is not None:
                 array[0, :, : filled[index].shape[1]] = filled[index]
             self.values.append(ort_value(array, room.device))
@@ -57,6 +62,19 @@ class KVBuffers:
     def copy(self, length_tokens: int) -> KVBuffers:
         """New buffers with the same first tokens."""
         return KVBuffers(self._room, list(self.filled(length_tokens)))
+
+
+def _zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    """As np.zeros, but never from recycled heap memory, which would have to be written at once."""
+    size_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    try:
+        pages = mmap.mmap(-1, size_bytes)
+    except OSError as error:
+        raise BackendError(f"no memory for {size_bytes} bytes of KV cache: {error.strerror}") from error
+    if size_bytes >= _HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, dtype).reshape(shape)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import platform
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -11,9 +13,9 @@ from support import tiny_graphs as tiny
 from support.sequences import OneSequence
 from support.tiny_bundle import TOKENS, decoder_golden, variant, with_tolerance, write_bundle
 
-from edge_reasoner.activation import activate as module
 from edge_reasoner.activation.activate import activate, cached_activation
 from edge_reasoner.backends import golden as golden_module
+from edge_reasoner.backends import load_backend
 from edge_reasoner.backends.onnxruntime.decoder import OrtDecoder
 from edge_reasoner.backends.onnxruntime.session import runtime_version
 from edge_reasoner.contract.bundle.open import open_bundle
@@ -21,7 +23,7 @@ from edge_reasoner.errors import BackendError, BundleError, TargetError, Verific
 from edge_reasoner.machine.isa import ImportProbe, isa_features
 
 needs_int8_kernels = pytest.mark.skipif(
-    module.platform.machine() == "aarch64" and "asimddp" not in isa_features(),
+    platform.machine() == "aarch64" and "asimddp" not in isa_features(),
     reason="without dotprod onnxruntime computes level 4 in fp32",
 )
 
@@ -95,7 +97,7 @@ def test_fp32_arithmetic_on_the_same_weights_is_a_last_resort(tmp_path, golden):
     """A bundle without a reference variant still starts where the runtime can be told to compute in fp32."""
     golden = with_tolerance(golden, 0.01)
     root = write_bundle(tmp_path / "b", golden, (variant("int4"),), {"int4": models()["int4"]}, encoder=False)
-    if module.platform.machine() != "x86_64" or runtime_version().startswith("1.23."):
+    if platform.machine() != "x86_64" or runtime_version().startswith("1.23."):
         with pytest.raises(VerificationError):
             start(root, tmp_path / "cache")
         return
@@ -122,7 +124,7 @@ def test_the_fastest_of_several_is_taken(tmp_path, golden, monkeypatch):
     root = write_bundle(
         tmp_path / "b", golden, (variant("int4"), variant("fp32")), models=models(), encoder=False
     )
-    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")  # no generic options there
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")  # no generic options there
     ticks = itertools.chain(*([0.0, 0.002] * 8 + [0.0, 0.001] * 8,))
     result = start(root, tmp_path / "cache", clock=lambda: next(ticks))
     assert result.activation.variant_id == "fp32"
@@ -159,7 +161,7 @@ def test_the_choice_is_cached_and_a_corrupt_cache_is_ignored(tmp_path, golden):
 
 def test_generic_options_are_tried_on_arm(tmp_path, golden, monkeypatch):
     """On aarch64 every variant is also tried without KleidiAI."""
-    monkeypatch.setattr(module.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     result = start(write_bundle(tmp_path / "b", golden), tmp_path / "cache")
     assert [report.session_options for report in result.activation.reports] == [
         {},
@@ -268,6 +270,31 @@ def test_no_cache_only_means_uncached(tmp_path, golden, where):
         result = start(opened, None if where is None else Path(where))
         assert not result.from_cache
         result.model.close()
+
+
+def test_one_model_is_open_at_a_time(tmp_path, golden, monkeypatch):
+    """However many candidates there are, the self-test holds one model's memory; the winner is open after."""
+    root = write_bundle(
+        tmp_path / "b", golden, (variant("int4"), variant("fp32")), models=models(), encoder=False
+    )
+    opened, most = set(), []
+
+    class Counting(OrtDecoder):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            opened.add(self)
+            most.append(len(opened))
+
+        def close(self):
+            super().close()
+            opened.discard(self)
+
+    backend = replace(load_backend("onnxruntime"), open_decoder=Counting)
+    monkeypatch.setattr("edge_reasoner.activation.activate.load_backend", lambda name: backend)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    result = start(root, tmp_path / "cache")
+    assert len(result.activation.reports) == 4 and max(most) == 1 and opened == {result.model}
+    result.model.close()
 
 
 def test_activation_is_plain_json(tmp_path, golden):

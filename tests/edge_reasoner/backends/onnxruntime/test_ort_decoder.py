@@ -1,8 +1,10 @@
 """Decoders on onnxruntime against transformers, and how it fails."""
 
+import subprocess
 import sys
 import time
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -68,6 +70,38 @@ def test_decode_allocates_nothing_that_lasts(graph):
     first = sequence.extend(TOKENS[:1]).ctypes.data
     assert all(sequence.extend(TOKENS[i : i + 1]).ctypes.data == first for i in range(1, 5))
     sequence.close()
+
+
+_MANY_CACHES = """
+import resource, sys
+from pathlib import Path
+import msgspec, numpy as np
+from edge_reasoner.backends.onnxruntime.decoder import OrtDecoder
+from edge_reasoner.contract.bundle.manifest import DecoderSpec
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+model = OrtDecoder(Path(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=DecoderSpec))
+tokens = np.array([5, 6, 7, 8])
+model.extend(model.new_cache(), tokens)
+before_bytes = resident_bytes()
+caches = [model.new_cache() for _ in range(25)]
+for cache in caches:
+    model.extend(cache, tokens)
+caches += [cache.fork() for cache in caches]
+print(resident_bytes() - before_bytes)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_another_cache_costs_only_what_it_holds(graph):
+    """Fifty caches of 1280 tokens (32 MB if touched), each holding four: far less than their capacity."""
+    spec = msgspec.json.encode(decoder_spec()).decode()
+    command = [sys.executable, "-c", _MANY_CACHES, str(graph), spec]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 12e6
 
 
 def test_idle_threads_do_not_spin(graph):
@@ -156,7 +190,5 @@ def test_broken_graph_is_one_line(tmp_path):
 
 def test_package_import_loads_no_native_library():
     """Importing the backend table does not import onnxruntime."""
-    import subprocess
-
     code = "import sys, edge_reasoner.backends; sys.exit('onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

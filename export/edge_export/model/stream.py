@@ -100,10 +100,3 @@ def head_chunks(
         for start in range(0, config.vocab_size, chunk_rows):
             rows = source.rows(name, start, min(start + chunk_rows, config.vocab_size))
             yield start, soft_cap(config, F.linear(hidden, rows))
-
-
-def head_logits(
-    config: DecoderConfig, source: TensorSource, hidden: torch.Tensor, chunk_rows: int = DEFAULT_CHUNK_ROWS
-) -> torch.Tensor:
-    """Logits float32 [N, vocab] of normed states `hidden` [N, hidden]; pick positions before calling."""
-    return torch.cat([logits for _, logits in head_chunks(config, source, hidden, chunk_rows)], dim=-1)

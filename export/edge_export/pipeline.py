@@ -45,7 +45,7 @@ def export(
     options: ExportOptions | None = None,
     progress: Progress = silent,
     *,
-    cache: Path | None = None,
+    cache: Path | str | None = None,
 ) -> ExportReport:
     """Exports `model` (path or hub id) for a board; the Python twin of `edge-export`.
 
@@ -58,7 +58,7 @@ def export(
     board = load_profile(profile) if isinstance(profile, str) else profile
     if not options.dry_run:
         check_destination(out)
-    run = Run(progress, StageCache(cache, salt=code_version))
+    run = Run(progress, StageCache(None if cache is None else Path(cache), salt=code_version))
     values: tuple[Any, ...] = _jobs(model, board, options)
     done: list[str] = []
     for stage in PLANNING:

@@ -13,6 +13,7 @@
     ├── CloudError                    4  the cloud endpoint was needed and did not serve
     │   ├── CloudUnavailableError     4  unreachable, timed out, reset, or asked us to back off for too long
     │   └── CloudProtocolError        4  it answered, but not in the agreed protocol
+    ├── OverloadedError               1  too many requests wait already: ask again later
     └── BackendError                  1  the inference library failed on a graph that passed every check
 
 Third-party exceptions are mapped to these once, at the seam that calls the library, with `raise … from`.
@@ -82,6 +83,10 @@ class CloudUnavailableError(CloudError):
 
 class CloudProtocolError(CloudError):
     """The endpoint answered, but not in the agreed protocol."""
+
+
+class OverloadedError(EdgeReasonerError):
+    """Too many requests wait for the model already; the same request may succeed later."""
 
 
 class BackendError(EdgeReasonerError):

@@ -6,6 +6,7 @@ Tiers nest: whatever answers a chat takes a `ChatRequest` and gives a `ChatStrea
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -187,7 +188,7 @@ class PulledStream(Generic[PieceT, ResultT]):
 
     def close(self) -> None:
         """See `ChatStream`. Where another thread is inside, the answer is cancelled instead."""
-        if self._pieces.gi_running:
+        if inspect.getgeneratorstate(self._pieces) == inspect.GEN_RUNNING:
             self._cancellation.cancel()
         else:
             self._pieces.close()

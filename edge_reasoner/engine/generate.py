@@ -1,219 +1,299 @@
-"""The decode loop: prompt in, tokens out, with the KV cache's prefix reused between calls."""
+"""One answer's way through the model, a call at a time: prefill in chunks, then token by token.
+
+Between two calls the engine's loop serves others, so nothing here waits for a reader and no view of the
+model's buffers is kept over a pause.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edge_reasoner.backends.base import DecoderModel, KVCache, Logits
+from edge_reasoner.backends.base import DecoderModel, Step
 from edge_reasoner.chat.model import FinishReason, Usage
 from edge_reasoner.chat.params import SamplingParams
+from edge_reasoner.engine.prefix import CachedSequence, HiddenMark, chunk_end
 from edge_reasoner.engine.sampling import choose
 from edge_reasoner.engine.stopping import StopMatcher
 from edge_reasoner.engine.tokens import IncrementalDecoder, TextTokenizer
-from edge_reasoner.errors import ContextOverflowError, EdgeReasonerError, InputError
 
-#: Long prompts are fed in pieces of this many tokens: bounded activation memory, prompt cancellation.
-PREFILL_CHUNK_TOKENS = 512
+Hidden = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class GeneratedToken:
-    """One token of an answer. `text` may be empty or hold several tokens' text that became final together.
+class TokenPiece(str):
+    """One token of an answer: prints as its text, which may be empty, or that of several tokens that became
+    final together. The statistics are of the model's own distribution, before sampling (natural logarithms).
 
-    The last item of a generation may carry text without a token (`token_id` None): what was held back.
+    The last piece may carry text without a token (`token_id` None): what was held back.
     """
 
     token_id: int | None
-    text: str
-    logprob: float = 0.0
-    margin: float = 0.0
-    entropy: float = 0.0
+    logprob: float
+    margin: float
+    entropy: float
+
+    __slots__ = ("entropy", "logprob", "margin", "token_id")
+
+    def __new__(
+        cls,
+        text: str,
+        token_id: int | None = None,
+        logprob: float = 0.0,
+        margin: float = 0.0,
+        entropy: float = 0.0,
+    ) -> TokenPiece:
+        """Makes a piece of `text`."""
+        piece = super().__new__(cls, text)
+        piece.token_id = token_id
+        piece.logprob = logprob
+        piece.margin = margin
+        piece.entropy = entropy
+        return piece
 
 
 @dataclass(frozen=True)
 class DecodeTimings:
-    """Durations of one generation. Rates are None where nothing was measured."""
+    """Durations of one generation, from its submission. Rates are None where nothing was measured.
 
+    The rates and `busy_ms` are of this answer's own model calls; others' turns between them count in
+    `ttft_ms` and `total_ms` only.
+    """
+
+    queue_ms: float
     ttft_ms: float
     total_ms: float
+    busy_ms: float
     prefill_tps: float | None
     decode_tps: float | None
 
 
 @dataclass(frozen=True)
+class HiddenStates:
+    """Outputs of the final norm, float32 [hidden]: at the last token and as the mean over all tokens.
+
+    The answer's are of the tokens that the model has read: an answer's last token is not among them. They are
+    None for an answer that ended at its first token.
+    """
+
+    prompt_last: Hidden
+    prompt_mean: Hidden
+    answer_last: Hidden | None
+    answer_mean: Hidden | None
+
+
+@dataclass(frozen=True)
 class Generation:
-    """A finished answer."""
+    """A finished answer; see `ChatResult`. `hidden` only where the request asked for it."""
 
     text: str
+    thinking: str | None
+    model: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     usage: Usage
     timings: DecodeTimings
+    hidden: HiddenStates | None = None
 
 
-#: Yields tokens; its return value (`yield from`, `StopIteration.value`) is the whole generation.
-TokenStream = Generator[GeneratedToken, None, Generation]
+@dataclass(frozen=True)
+class DecodeRequest:
+    """What the loop is asked to decode; checked already. `limit_tokens`: prompt and answer together."""
 
-
-def never_cancelled() -> bool:
-    """The default of `cancelled`."""
-    return False
-
-
-class Engine:
-    """One decoder with one cache, and the tokens in it. Not thread-safe; one generation at a time.
-
-    Starting a generation ends an earlier one that was not exhausted.
-    """
-
-    def __init__(
-        self,
-        model: DecoderModel,
-        cache: KVCache,
-        tokenizer: TextTokenizer,
-        *,
-        eos_token_ids: Sequence[int],
-        clock: Callable[[], float],
-        prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
-    ) -> None:
-        """`clock` returns monotonic seconds; `eos_token_ids` end an answer and are not part of its text."""
-        self._model, self._cache = model, cache
-        self._tokenizer = tokenizer
-        self._eos = frozenset(eos_token_ids)
-        self._clock = clock
-        self._chunk_tokens = prefill_chunk_tokens
-        self._cached: list[int] = []
-        self._epoch = 0
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    limit_tokens: int
+    hidden: bool = False
 
     @property
-    def context_tokens(self) -> int:
-        """Longest prompt and answer together, in tokens."""
-        return self._cache.context_tokens
+    def budget_tokens(self) -> int:
+        """Most tokens of the answer."""
+        return min(self.params.max_tokens or self.limit_tokens, self.limit_tokens - len(self.prompt))
 
-    def check_fits(self, prompt_tokens: int, context_tokens: int | None = None) -> int:
-        """The context limit in force. Raises ContextOverflowError unless one answer token has room in it."""
-        limit = min(context_tokens or self.context_tokens, self.context_tokens)
-        if prompt_tokens + 1 > limit:
-            raise ContextOverflowError(
-                f"the prompt has {prompt_tokens} tokens; at most {limit - 1} fit a context of {limit} tokens"
-            )
-        return limit
 
-    def generate(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        cancelled: Callable[[], bool] = never_cancelled,
-        context_tokens: int | None = None,
-    ) -> TokenStream:
-        """Answers `prompt_ids`. `context_tokens` lowers the cache's own limit for this call.
+class Listener(Protocol):
+    """Whoever waits for the answer. `cancelled` may become true at any time."""
 
-        The arguments are checked here, before any work; computing starts with the first `next`. Raises
-        InputError, ContextOverflowError; while running BackendError.
-        """
-        prompt = [int(token) for token in prompt_ids]
-        if not prompt:
-            raise InputError("the prompt is empty: at least one token is needed")
-        if min(prompt) < 0 or max(prompt) >= self._model.vocab_size:
-            raise InputError(f"prompt: token ids must be from 0 to {self._model.vocab_size - 1}")
-        limit = self.check_fits(len(prompt), context_tokens)
-        return self._run(prompt, params, cancelled, limit)
+    @property
+    def cancelled(self) -> bool: ...
 
-    def close(self) -> None:
-        """Releases cache and model."""
-        self._cache.close()
-        self._model.close()
+    def show(self, piece: TokenPiece) -> None:
+        """Takes a piece."""
 
-    def _run(
-        self, prompt: list[int], params: SamplingParams, cancelled: Callable[[], bool], limit: int
-    ) -> TokenStream:
-        start_s = self._clock()
-        self._epoch += 1
-        epoch = self._epoch
-        rng = np.random.default_rng(params.seed)
-        decoder, stopper = IncrementalDecoder(self._tokenizer), StopMatcher(params.stop)
-        budget = min(params.max_tokens or limit, limit - len(prompt))
+
+class Stopwatch:
+    """Seconds since the submission, and the seconds of them that were this answer's own."""
+
+    def __init__(self, clock: Callable[[], float], submitted_s: float) -> None:
+        self._clock = clock
+        self._submitted_s = self._since_s = submitted_s
+        self.busy_s = 0.0
+
+    def resume(self) -> None:
+        """This answer's turn begins."""
+        self._since_s = self._clock()
+
+    def pause(self) -> None:
+        """This answer's turn ends, or a part of it."""
+        now_s = self._clock()
+        self.busy_s += now_s - self._since_s
+        self._since_s = now_s
+
+    def elapsed_s(self) -> float:
+        """Seconds since the submission."""
+        return self._clock() - self._submitted_s
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What all answers of one model share."""
+
+    model: DecoderModel
+    tokenizer: TextTokenizer
+    model_name: str
+    eos_token_ids: frozenset[int]
+
+    def cancelled(self, request: DecodeRequest, watch: Stopwatch) -> Generation:
+        """The answer of a request that was cancelled before it began."""
+        waited_ms = watch.elapsed_s() * 1e3
+        timings = DecodeTimings(waited_ms, waited_ms, waited_ms, 0.0, None, None)
+        usage = Usage(len(request.prompt), 0)
+        return Generation("", None, self.model_name, (), "cancelled", usage, timings)
+
+
+class Decoding:
+    """One answer under way. Belongs to the loop's thread."""
+
+    def __init__(
+        self, request: DecodeRequest, sequence: CachedSequence, decoder: Decoder, watch: Stopwatch
+    ) -> None:
+        """`sequence` holds the part of the prompt that is reused."""
+        self.generation: Generation | None = None
+        self._request = request
+        self._sequence = sequence
+        self._decoder = decoder
+        self._watch = watch
+        self._answer: list[int] = []
+        self._shown: list[str] = []
+        self._answer_sum: Hidden | None = None
+        self._answer_last: Hidden | None = None
+
+    def turns(self, listener: Listener) -> Iterator[None]:
+        """Makes one model call a turn; ends when `generation` is set. Raises BackendError."""
+        request, params = self._request, self._request.params
+        watch, budget = self._watch, request.budget_tokens
         finish: FinishReason = "length" if budget == params.max_tokens else "context"
-        answer: list[int] = []
-        shown: list[str] = []
-
-        # 1. Reuse: keep the common prefix of cache and prompt, but feed at least the last prompt token.
-        cached_tokens = self._reuse(prompt)
-        # 2. Prefill: the rest of the prompt, in chunks; the last chunk's last logits choose the first token.
-        logits = self._prefill(prompt[cached_tokens:], cancelled)
-        prefilled_s = first_s = self._clock()
-        if logits is None:
-            budget, finish = 0, "cancelled"
-        # 3. Decode: choose, stop or show, feed.
-        while logits is not None and len(answer) < budget:
-            choice = choose(
-                logits[-1], params, rng, prompt + answer if params.repetition_penalty != 1 else ()
-            )
-            answer.append(choice.token_id)
-            first_s = self._clock() if len(answer) == 1 else first_s
-            if choice.token_id in self._eos:
+        rng = np.random.default_rng(params.seed)
+        text, stopper = IncrementalDecoder(self._decoder.tokenizer), StopMatcher(params.stop)
+        watch.resume()
+        queue_s = watch.elapsed_s()
+        reused = len(self._sequence.tokens)
+        # 1. Prefill: what is not reused of the prompt; the last chunk's logits choose the first token.
+        step: Step | None = None
+        while len(self._sequence.tokens) < len(request.prompt) and not listener.cancelled:
+            if step is not None:
+                yield from self._others()
+            step = self._prefill_chunk()
+        whole = len(self._sequence.tokens) == len(request.prompt)
+        watch.pause()
+        prefill_s, ttft_s = watch.busy_s, watch.elapsed_s()
+        # 2. Decode: choose and show, let others have their turn, feed.
+        while not listener.cancelled and whole:
+            assert step is not None, "at least one token of the prompt is fed"
+            choice = choose(step.logits[-1], params, rng, self._penalized())
+            self._answer.append(choice.token_id)
+            if len(self._answer) == 1:
+                ttft_s = watch.elapsed_s()
+            if choice.token_id in self._decoder.eos_token_ids:
                 finish = "stop"
                 break
-            text = stopper.push(decoder.push(choice.token_id))
-            shown.append(text)
-            yield GeneratedToken(choice.token_id, text, choice.logprob, choice.margin, choice.entropy)
-            if self._epoch != epoch:
-                raise EdgeReasonerError("this stream ended when a newer query started on the same engine")
-            if stopper.stopped or cancelled():
-                finish = "stop" if stopper.stopped else "cancelled"
+            shown = stopper.push(text.push(choice.token_id))
+            self._shown.append(shown)
+            listener.show(TokenPiece(shown, choice.token_id, choice.logprob, choice.margin, choice.entropy))
+            if stopper.stopped or len(self._answer) == budget:
                 break
-            if len(answer) < budget:
-                logits = self._extend([choice.token_id])
-        # 4. Finish: release what was held back for a longer token or a stop string that never came.
-        end_s = self._clock()
-        if rest := stopper.push(decoder.flush()) + stopper.flush():
-            shown.append(rest)
-            yield GeneratedToken(None, rest)
-        if stopper.stopped:
-            finish = "stop"
-        fed = len(prompt) - cached_tokens
+            yield from self._others()
+            if not listener.cancelled:
+                step = self._feed(choice.token_id)
+        else:
+            finish = "cancelled"
+        # 3. Finish: release what was held back for a longer token or a stop string that never came.
+        if rest := stopper.push(text.flush()) + stopper.flush():
+            self._shown.append(rest)
+            listener.show(TokenPiece(rest))
+        watch.pause()
+        timings = DecodeTimings(
+            queue_ms=queue_s * 1e3,
+            ttft_ms=ttft_s * 1e3,
+            total_ms=watch.elapsed_s() * 1e3,
+            busy_ms=watch.busy_s * 1e3,
+            prefill_tps=_rate(len(request.prompt) - reused, prefill_s) if whole else None,
+            decode_tps=_rate(len(self._answer) - 1, watch.busy_s - prefill_s),
+        )
+        self.generation = self._whole("stop" if stopper.stopped else finish, reused, timings)
+
+    def _others(self) -> Iterator[None]:
+        self._watch.pause()
+        yield
+        self._watch.resume()
+
+    def _penalized(self) -> list[int]:
+        if self._request.params.repetition_penalty == 1:
+            return []
+        return [*self._request.prompt, *self._answer]
+
+    def _prefill_chunk(self) -> Step:
+        """Feeds the prompt up to the next chunk border: the same calls whatever was reused."""
+        sequence, prompt = self._sequence, self._request.prompt
+        start = len(sequence.tokens)
+        border = chunk_end(start)
+        step = self._extend(prompt[start : min(border, len(prompt))])
+        if step.hidden_sum is not None and step.last_hidden is not None:
+            before = sequence.hidden_at(start)
+            total = step.hidden_sum.copy() if before is None else before.total + step.hidden_sum
+            sequence.mark_hidden(HiddenMark(total, step.last_hidden.copy()))
+        if border <= len(prompt):
+            sequence.mark_border()
+        return step
+
+    def _feed(self, token_id: int) -> Step:
+        step = self._extend((token_id,))
+        if step.hidden_sum is not None and step.last_hidden is not None:
+            last = step.last_hidden.copy()
+            self._answer_sum = last if self._answer_sum is None else self._answer_sum + last
+            self._answer_last = last
+        return step
+
+    def _extend(self, tokens: tuple[int, ...]) -> Step:
+        step = self._decoder.model.extend(
+            self._sequence.cache, np.asarray(tokens, np.int64), 1, hidden=self._request.hidden
+        )
+        self._sequence.tokens.extend(tokens)
+        return step
+
+    def _whole(self, finish: FinishReason, reused: int, timings: DecodeTimings) -> Generation:
         return Generation(
-            text="".join(shown),
-            token_ids=tuple(answer),
+            text="".join(self._shown),
+            thinking=None,
+            model=self._decoder.model_name,
+            token_ids=tuple(self._answer),
             finish_reason=finish,
-            usage=Usage(len(prompt), len(answer), cached_tokens),
-            timings=DecodeTimings(
-                ttft_ms=(first_s - start_s) * 1e3,
-                total_ms=(end_s - start_s) * 1e3,
-                prefill_tps=_rate(fed, prefilled_s - start_s),
-                decode_tps=_rate(len(answer) - 1, end_s - first_s),
-            ),
+            usage=Usage(len(self._request.prompt), len(self._answer), reused),
+            timings=timings,
+            hidden=self._hidden(),
         )
 
-    def _reuse(self, prompt: list[int]) -> int:
-        if self._cache.length_tokens != len(self._cached):
-            # A failed call or another user of the cache: what it holds is not known.
-            self._cached = []
-        common = 0
-        for cached, wanted in zip(self._cached, prompt[:-1], strict=False):
-            if cached != wanted:
-                break
-            common += 1
-        self._cache.rewind(common)
-        del self._cached[common:]
-        return common
-
-    def _prefill(self, tokens: list[int], cancelled: Callable[[], bool]) -> Logits | None:
-        logits: Logits | None = None
-        for start in range(0, len(tokens), self._chunk_tokens):
-            if cancelled():
-                return None
-            logits = self._extend(tokens[start : start + self._chunk_tokens])
-        return logits
-
-    def _extend(self, tokens: list[int]) -> Logits:
-        logits = self._model.extend(self._cache, np.asarray(tokens, np.int64)).logits
-        self._cached.extend(tokens)
-        return logits
+    def _hidden(self) -> HiddenStates | None:
+        count = len(self._request.prompt)
+        mark = self._sequence.hidden_at(count) if self._request.hidden else None
+        if mark is None:
+            return None
+        fed = len(self._sequence.tokens) - count
+        mean = None if self._answer_sum is None else self._answer_sum / np.float32(fed)
+        return HiddenStates(mark.last, mark.total / np.float32(count), self._answer_last, mean)
 
 
 def _rate(count: int, seconds: float) -> float | None:

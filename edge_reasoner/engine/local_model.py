@@ -1,44 +1,39 @@
-"""A local chat model: messages in, tokens out. Ties tokenizer, chat template and engine together."""
+"""The local chat model: messages in, tokens out. Ties tokenizer, chat template and engine together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from edge_reasoner.chat.messages import message_text
-from edge_reasoner.chat.params import SamplingParams
+from edge_reasoner.chat.model import ChatRequest
 from edge_reasoner.contract.template.render import ChatTemplate, Message
-from edge_reasoner.engine.generate import Engine, TokenStream, never_cancelled
+from edge_reasoner.engine.loop import Engine, TokenStream
 from edge_reasoner.engine.tokens import TextTokenizer
 
 
 class LocalModel:
-    """One model on this device. Not thread-safe: callers take turns."""
+    """One model on this device: a `ChatModel`. Thread-safe."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: TextTokenizer,
-        template: ChatTemplate | None,
-        *,
-        name: str,
-        bos_token_id: int | None,
-    ) -> None:
+    def __init__(self, engine: Engine, template: ChatTemplate | None, *, bos_token_id: int | None) -> None:
         """`template` None: a base model, which continues the raw prompt after `bos_token_id` (if any)."""
-        self.name = name
-        self.tokenizer = tokenizer
         self._engine = engine
         self._template = template
         self._bos = [] if bos_token_id is None else [bos_token_id]
 
     @property
+    def name(self) -> str:
+        """See `ChatModel`."""
+        return self._engine.name
+
+    @property
     def context_tokens(self) -> int:
-        """Longest prompt and answer together, in tokens."""
+        """See `ChatModel`."""
         return self._engine.context_tokens
 
     @property
-    def has_template(self) -> bool:
-        """Whether the model was made for chats."""
-        return self._template is not None
+    def tokenizer(self) -> TextTokenizer:
+        """The model's tokenizer."""
+        return self._engine.tokenizer
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat, ready to be answered. Raises InputError, TemplateError."""
@@ -47,24 +42,23 @@ class LocalModel:
         return self.tokenizer.encode(self._template.render(messages))
 
     def raw_ids(self, text: str) -> list[int]:
-        """Token ids of a text to be continued as it is."""
+        """Token ids of a text to be continued as it is. Raises InputError."""
         return [*self._bos, *self.tokenizer.encode(text)]
 
-    def check_fits(self, prompt_tokens: int, context_tokens: int | None = None) -> int:
-        """See `Engine.check_fits`."""
-        return self._engine.check_fits(prompt_tokens, context_tokens)
+    def request_ids(self, request: ChatRequest) -> list[int]:
+        """Token ids of what a request asks. Raises InputError, TemplateError."""
+        return self.prompt_ids(request.messages) if request.text is None else self.raw_ids(request.text)
 
-    def generate(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        cancelled: Callable[[], bool] = never_cancelled,
-        context_tokens: int | None = None,
-    ) -> TokenStream:
-        """See `Engine.generate`."""
-        return self._engine.generate(prompt_ids, params, cancelled=cancelled, context_tokens=context_tokens)
+    def submit(self, request: ChatRequest) -> TokenStream:
+        """See `ChatModel`. Raises InputError, TemplateError, ContextOverflowError, OverloadedError at once."""
+        return self.submit_ids(self.request_ids(request), request)
+
+    def submit_ids(self, prompt_ids: Sequence[int], request: ChatRequest) -> TokenStream:
+        """Like `submit`, for a caller that has the request's token ids already."""
+        return self._engine.submit(
+            prompt_ids, request.params, context_tokens=request.context_tokens, hidden=request.hidden
+        )
 
     def close(self) -> None:
-        """Releases the session."""
+        """Ends the engine and releases the model."""
         self._engine.close()

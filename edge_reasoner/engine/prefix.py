@@ -1,0 +1,215 @@
+"""KV caches kept between answers, so that a prompt that begins like an earlier one is not computed again.
+
+**What is promised.** An answer does not depend on what was cached: tokens and statistics are the same, bit
+for bit, warm or cold. Kernels do not promise that a token's keys and values come out alike from calls of
+different lengths (one token at a time takes other kernels than many do), so prompts are always fed in the
+same chunks, whose borders depend on the position alone (`chunk_end`), and only whole chunks that were fed as
+a prompt are reused. Tokens of an answer, and the last, partial chunk, are fed again as part of the next
+turn's prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_reasoner.backends.base import DecoderModel, KVCache
+from edge_reasoner.errors import BackendError, InputError
+
+#: Shortest and longest chunk: short ones at the start, where they let short prompts share; the longest bounds
+#: the activations' memory and how long one prompt keeps the others waiting.
+MIN_CHUNK_TOKENS = 32
+MAX_CHUNK_TOKENS = 256
+#: A token's computing costs as much as copying the cache of far more tokens than this.
+_TOKENS_COPIED_PER_TOKEN_SAVED = 32
+
+
+def chunk_end(position: int) -> int:
+    """The chunk border that follows `position`: 32, 64, 128, 256, 512, then every 256 tokens."""
+    size = MIN_CHUNK_TOKENS
+    while size < MAX_CHUNK_TOKENS and position >= 2 * size:
+        size *= 2
+    return (position // size + 1) * size
+
+
+@dataclass(frozen=True)
+class CacheLimits:
+    """Bounds of the caches that are kept, in use or not. Raises InputError.
+
+    `bytes` None: bounded by their number alone. One answer is always possible, whatever it needs.
+    """
+
+    count: int = 8
+    bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InputError(f"caches: {self.count!r} is not allowed; give 1 or more")
+        if self.bytes is not None and self.bytes < 0:
+            raise InputError(f"cache bytes: {self.bytes!r} is not allowed; give 0 or more")
+
+
+@dataclass(frozen=True)
+class HiddenMark:
+    """Hidden states up to a position of a prompt: sum over its tokens, and the last; float32 [hidden]."""
+
+    total: NDArray[np.float32]
+    last: NDArray[np.float32]
+
+
+@dataclass(eq=False)
+class CachedSequence:
+    """A cache and the tokens in it. `borders`: where reuse may begin, ascending."""
+
+    cache: KVCache
+    tokens: list[int] = field(default_factory=list)
+    borders: list[int] = field(default_factory=list)
+    busy: bool = True
+    #: tokens that its memory was touched for, and those that an answer under way may need
+    touched_tokens: int = 0
+    reserved_tokens: int = 0
+    used_at: int = 0
+    _hidden: dict[int, HiddenMark] = field(default_factory=dict)
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that its memory counts for."""
+        return max(self.touched_tokens, self.reserved_tokens)
+
+    def mark_border(self) -> None:
+        """What is cached now ends with a whole chunk of a prompt."""
+        self.borders.append(len(self.tokens))
+
+    def mark_hidden(self, mark: HiddenMark) -> None:
+        """Keeps the hidden states of all that is cached now."""
+        self._hidden[len(self.tokens)] = mark
+
+    def hidden_at(self, position: int) -> HiddenMark | None:
+        """The hidden states of the first `position` tokens, where they were kept."""
+        return self._hidden.get(position)
+
+    def reusable(self, prompt: Sequence[int], *, hidden: bool) -> int:
+        """How many tokens of `prompt` need not be fed: at least one is left to feed."""
+        common = _common_prefix(self.tokens, prompt[:-1])
+        usable = (b for b in reversed(self.borders) if b <= common and (not hidden or b in self._hidden))
+        return next(usable, 0)
+
+    def rewind(self, length_tokens: int) -> None:
+        """Forgets what follows the first `length_tokens` tokens."""
+        self.cache.rewind(length_tokens)
+        del self.tokens[length_tokens:]
+        self.borders = [border for border in self.borders if border <= length_tokens]
+        self._hidden = {at: mark for at, mark in self._hidden.items() if at <= length_tokens}
+
+    def fork(self, length_tokens: int) -> CachedSequence:
+        """A second cache with the first `length_tokens` tokens."""
+        twin = CachedSequence(self.cache.fork(), list(self.tokens), list(self.borders))
+        twin._hidden = dict(self._hidden)
+        twin.touched_tokens = len(self.tokens)
+        twin.rewind(length_tokens)
+        return twin
+
+
+class CachePool:
+    """The caches of one model. Belongs to the loop's thread."""
+
+    def __init__(self, model: DecoderModel, limits: CacheLimits, bytes_per_token: int) -> None:
+        """`bytes_per_token`: of one cache; 0 where that is unknown."""
+        self._model = model
+        self._limits = limits
+        self._bytes_per_token = bytes_per_token
+        self._sequences: list[CachedSequence] = []
+        self._ticks = 0
+
+    def take(self, prompt: Sequence[int], total_tokens: int, *, hidden: bool) -> CachedSequence | None:
+        """A sequence that holds as much of `prompt` as can be reused, for an answer that takes up to
+        `total_tokens` with its prompt; None: no room now, but once others have finished.
+
+        A cache that would lose most of what it holds is left for the conversation that it belongs to, as long
+        as there is room for another. Raises BackendError: no memory for a first cache.
+        """
+        best, reuse = self._best(prompt, hidden)
+        if best is None or best.busy or 2 * reuse < len(best.tokens):
+            if self._make_room(total_tokens, best, new=True):
+                worth = best is not None and reuse * _TOKENS_COPIED_PER_TOKEN_SAVED >= len(best.tokens)
+                made = best.fork(reuse) if best is not None and worth else self._new()
+                self._sequences.append(made)
+                return _lend(made, total_tokens)
+            if best is None or best.busy:
+                return None
+        if not self._make_room(total_tokens, best, new=False):
+            return None
+        best.rewind(reuse)
+        return _lend(best, total_tokens)
+
+    def give_back(self, sequence: CachedSequence) -> None:
+        """The answer is done; what it cached stays for the next."""
+        self._ticks += 1
+        sequence.busy, sequence.used_at = False, self._ticks
+        sequence.touched_tokens = max(sequence.touched_tokens, len(sequence.tokens))
+        sequence.reserved_tokens = 0
+
+    def drop(self, sequence: CachedSequence) -> None:
+        """Releases a cache whose state is not known any more."""
+        self._sequences.remove(sequence)
+        sequence.cache.close()
+
+    def close(self) -> None:
+        """Releases all of them."""
+        while self._sequences:
+            self.drop(self._sequences[-1])
+
+    def _new(self) -> CachedSequence:
+        try:
+            return CachedSequence(self._model.new_cache())
+        except BackendError:
+            # no memory: what is kept for later goes first
+            free = [sequence for sequence in self._sequences if not sequence.busy]
+            if not free:
+                raise
+            for sequence in free:
+                self.drop(sequence)
+            return CachedSequence(self._model.new_cache())
+
+    def _best(self, prompt: Sequence[int], hidden: bool) -> tuple[CachedSequence | None, int]:
+        """The sequence with most to reuse, if any has something; of equals a free one, then the shortest."""
+        best, best_key = None, (0, False, 0)
+        for sequence in self._sequences:
+            reuse = sequence.reusable(prompt, hidden=hidden)
+            key = (reuse, not sequence.busy, -len(sequence.tokens))
+            if reuse and key > best_key:
+                best, best_key = sequence, key
+        return best, best_key[0]
+
+    def _make_room(self, total_tokens: int, kept: CachedSequence | None, *, new: bool) -> bool:
+        """Drops free caches, longest unused first, until the answer fits; `kept` is not dropped.
+
+        With nothing in use it always fits, if need be beyond the limit: `kept` is then the only other.
+        """
+        while True:
+            others = [s for s in self._sequences if new or s is not kept]
+            tokens = sum(s.held_tokens for s in others)
+            tokens += total_tokens if new or kept is None else max(total_tokens, kept.held_tokens)
+            fits_bytes = self._limits.bytes is None or tokens * self._bytes_per_token <= self._limits.bytes
+            if fits_bytes and len(others) < self._limits.count:
+                return True
+            free = [s for s in self._sequences if not s.busy and s is not kept]
+            if not free:
+                alone = not any(s.busy for s in self._sequences)
+                return alone and (not new or kept is None)
+            self.drop(min(free, key=lambda s: s.used_at))
+
+
+def _lend(sequence: CachedSequence, total_tokens: int) -> CachedSequence:
+    sequence.busy, sequence.reserved_tokens = True, total_tokens
+    return sequence
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    for index, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return index
+    return min(len(a), len(b))

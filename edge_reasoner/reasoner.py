@@ -13,7 +13,14 @@ from typing import Any
 
 from edge_reasoner.activation.store import Activation
 from edge_reasoner.chat.messages import as_messages
-from edge_reasoner.chat.model import ChatModel
+from edge_reasoner.chat.model import (
+    Cancellation,
+    ChatModel,
+    ChatRequest,
+    ChatResult,
+    ChatStream,
+    PulledStream,
+)
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.cloud import DEFAULT_PROTOCOL, connect
 from edge_reasoner.cloud.base import CloudLimits, CloudOptions, CloudPrice
@@ -27,16 +34,17 @@ from edge_reasoner.machine.cache_dir import default_cache_dir
 from edge_reasoner.preprocess.preprocessor import Preprocessor
 from edge_reasoner.query.answer import Answer, Piece
 from edge_reasoner.query.assemble import Machine, default_threads, open_local_model, open_preprocessor
+from edge_reasoner.query.inspect import Query
 from edge_reasoner.query.routing import Pieces, Router
 
 Prompt = str | Sequence[Message]
 
 
 class Reasoner:
-    """Answers on this device, and escalates to the cloud where the gate says so.
+    """Answers on this device, and escalates to the cloud where the gate says so. Itself a `ChatModel`.
 
-    Usable from several threads: local work takes turns (`timings.queue_ms`), cloud work runs side by side.
-    Close it, or use it as a context manager.
+    Usable from several threads, and with several streams open in one: the device's model serves them in turns
+    (`timings.queue_ms`), the cloud side by side. Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -52,7 +60,7 @@ class Reasoner:
         clock: Callable[[], float] = time.perf_counter,
         activation: Activation | None = None,
     ) -> None:
-        """From parts; most callers want `Reasoner.open`."""
+        """From parts, which it closes; most callers want `Reasoner.open`. `cloud` may be another Reasoner."""
         self._mode = check_mode(mode)
         self._local = local
         self._preprocessor = preprocessor
@@ -72,7 +80,7 @@ class Reasoner:
     def open(
         cls,
         bundle: str | os.PathLike[str] | Bundle,
-        cloud: str | None = None,
+        cloud: str | ChatModel | None = None,
         *,
         cloud_model: str | None = None,
         protocol: str = DEFAULT_PROTOCOL,
@@ -87,7 +95,8 @@ class Reasoner:
         cache_dir: str | os.PathLike[str] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> Reasoner:
-        """Opens a bundle directory and, if `cloud` is its URL, an endpoint that speaks `protocol`.
+        """Opens a bundle. `cloud` is the URL of an endpoint that speaks `protocol`, or any `ChatModel`
+        (another Reasoner: tiers nest), which is closed with this one.
 
         The first opening on a machine runs the bundle's self-test (seconds to a minute); the choice is kept
         in `cache_dir`. Nothing is sent to the cloud yet. `environment` (default: the process's) holds the API
@@ -98,8 +107,8 @@ class Reasoner:
         checked_mode = check_mode(mode)
         _check_count("threads", threads)
         _check_count("context_tokens", context_tokens)
-        client = None
-        if cloud is not None:
+        client = None if isinstance(cloud, str) else cloud
+        if isinstance(cloud, str):
             limits = cloud_limits or CloudLimits()
             options = CloudOptions(cloud, cloud_model, api_key_env, environment, limits, price)
             client = connect(options, protocol)
@@ -126,6 +135,11 @@ class Reasoner:
         return self._local.context_tokens
 
     @property
+    def name(self) -> str:
+        """See `ChatModel`: the local model's name."""
+        return self._local.name
+
+    @property
     def model(self) -> str:
         """Name of the local model."""
         return self._local.name
@@ -145,13 +159,7 @@ class Reasoner:
         InputError, ContextOverflowError; CloudError only in mode "cloud": in mode "auto" a cloud that fails
         gives the local answer with source "degraded".
         """
-        pieces = self._run(prompt, params, sampling, mode, context_tokens, streaming=False)
-        while True:
-            try:
-                next(pieces)
-            except StopIteration as end:
-                answer: Answer = end.value
-                return answer
+        return self._run(prompt, params, sampling, mode, context_tokens, streaming=False).result()
 
     def stream(
         self,
@@ -161,15 +169,26 @@ class Reasoner:
         mode: str | None = None,
         context_tokens: int | None = None,
         **sampling: Any,
-    ) -> Iterator[Piece]:
-        """Like `ask`, piece by piece; the last piece is empty and has the whole `Answer`.
+    ) -> PulledStream[Piece, Answer]:
+        """Like `ask`, piece by piece; the last piece is empty and has the whole `Answer`, as `result()` does.
 
         Nothing is shown before the gate has committed to the local answer, and nothing shown is retracted.
         A piece of kind "handover" (empty) says that the cloud answers; one of kind "degraded" says in its
-        text that the cloud broke off and the device starts anew. Close the iterator if you stop early.
+        text that the cloud broke off and the device starts anew. A stream that is
+        closed, cancelled or dropped frees the model within a token.
         """
-        pieces = self._run(prompt, params, sampling, mode, context_tokens, streaming=True)
-        return _with_end(pieces)
+        return self._run(prompt, params, sampling, mode, context_tokens, streaming=True)
+
+    def submit(self, request: ChatRequest) -> ChatStream[str, ChatResult]:
+        """See `ChatModel`: routed as `stream` does. A raw text is continued by the local model, ungated.
+
+        `request.extra` is for endpoints and not passed on; hidden states are given for raw texts only.
+        """
+        if request.text is not None:
+            if self._mode == "cloud":
+                raise InputError("mode cloud: a raw text can only be continued on the device")
+            return self._local.submit(request)
+        return self._routed(Query(request, self._mode, streaming=True))
 
     def map(
         self,
@@ -189,7 +208,7 @@ class Reasoner:
         return [answers[index] for index in range(len(prompts))]
 
     def session(self, system: str | None = None) -> ChatSession:
-        """A conversation. Its turns reuse the KV cache as long as no other query comes in between."""
+        """A conversation. Its turns reuse the KV cache, also where other queries come in between."""
         return ChatSession(self, system)
 
     def close(self) -> None:
@@ -216,15 +235,18 @@ class Reasoner:
         context_tokens: int | None,
         *,
         streaming: bool,
-    ) -> Pieces:
+    ) -> PulledStream[Piece, Answer]:
         _check_count("context_tokens", context_tokens)
-        return self._router.run(
-            as_messages(prompt),
-            sampling_params(params, sampling),
-            mode=self._mode if mode is None else check_mode(mode),
-            streaming=streaming,
+        request = ChatRequest(
+            tuple(as_messages(prompt)),
+            params=sampling_params(params, sampling),
             context_tokens=context_tokens,
         )
+        return self._routed(Query(request, self._mode if mode is None else check_mode(mode), streaming))
+
+    def _routed(self, query: Query) -> PulledStream[Piece, Answer]:
+        cancellation = Cancellation()
+        return PulledStream(_with_end(self._router.run(query, cancellation)), cancellation)
 
 
 class ChatSession:
@@ -286,9 +308,10 @@ def sampling_params(params: SamplingParams | None, by_name: Mapping[str, Any]) -
     return SamplingParams(**values)
 
 
-def _with_end(pieces: Pieces) -> Iterator[Piece]:
+def _with_end(pieces: Pieces) -> Pieces:
     answer = yield from pieces
     yield Piece("", "end", answer)
+    return answer
 
 
 def _order(prompt: Prompt) -> tuple[int, str]:

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from edge_reasoner.activation.activate import Activated, activate
-from edge_reasoner.backends.base import KVCache
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.contract.bundle.graph_bytes import graph_bytes
 from edge_reasoner.contract.bundle.manifest import DecoderSpec
 from edge_reasoner.contract.bundle.open import Bundle, open_bundle
-from edge_reasoner.engine.generate import Engine, Generation
+from edge_reasoner.engine.loop import Engine, EngineLimits
+from edge_reasoner.engine.prefix import CacheLimits
 from edge_reasoner.errors import BackendError, BundleError, InputError
 from edge_reasoner.query.assemble import DEFAULT_CONTEXT_TOKENS, Machine, open_tokenizer
 
@@ -96,9 +96,9 @@ def bench(
     advance("fresh process")
     cold_ms, peak_bytes = _measure_fresh(bundle, machine, spec, options, context, python)
     advance("loading")
-    load_ms, activated, cache = _measure_loads(bundle, machine, context)
+    load_ms, activated = _measure_loads(bundle, machine, context)
     try:
-        runs = _measure_runs(bundle, activated, cache, spec, options, machine.clock, advance)
+        runs = _measure_runs(bundle, activated, spec, options, context, machine.clock, advance)
     finally:
         activated.model.close()
     advance("memory bandwidth")
@@ -156,9 +156,9 @@ def run_fresh(arguments: str) -> None:
     machine = Machine(threads=given["threads"], cache_dir=cache_dir)
     bundle = open_bundle(given["bundle"])
     activated = _open(bundle, machine)
-    engine = _engine(bundle, activated, activated.decoder.new_cache(given["context_tokens"]), machine.clock)
+    engine = _engine(bundle, activated, given["context_tokens"], machine.clock)
     params = SamplingParams(max_tokens=given["new_tokens"])
-    for index, _ in enumerate(engine.generate(given["prompt_ids"], params)):
+    for index, _ in enumerate(engine.submit(given["prompt_ids"], params)):
         if index == 0:
             sys.stdout.write(f"{_FIRST_TOKEN}\n")
             sys.stdout.flush()
@@ -203,12 +203,21 @@ def _open(bundle: Bundle, machine: Machine) -> Activated:
     return activate(bundle, "reasoner", threads=machine.threads, cache_dir=machine.cache_dir)
 
 
-def _engine(bundle: Bundle, activated: Activated, cache: KVCache, clock: Callable[[], float]) -> Engine:
-    tokenizer = open_tokenizer(bundle, bundle.component("reasoner"))
-    return Engine(activated.decoder, cache, tokenizer, eos_token_ids=(), clock=clock)
+def _engine(bundle: Bundle, activated: Activated, context: int, clock: Callable[[], float]) -> Engine:
+    component = bundle.component("reasoner")
+    return Engine(
+        activated.decoder,
+        open_tokenizer(bundle, component),
+        name=component.name,
+        eos_token_ids=(),
+        clock=clock,
+        # one answer at a time, and nothing kept that a run could reuse
+        limits=EngineLimits(active=1, caches=CacheLimits(count=1)),
+        context_tokens=context,
+    )
 
 
-def _measure_loads(bundle: Bundle, machine: Machine, context: int) -> tuple[float, Activated, KVCache]:
+def _measure_loads(bundle: Bundle, machine: Machine, context: int) -> tuple[float, Activated]:
     """Median ms from a bundle directory to a model that can answer, hashes checked; the last one open."""
     samples_ms = []
     activated: Activated | None = None
@@ -218,44 +227,33 @@ def _measure_loads(bundle: Bundle, machine: Machine, context: int) -> tuple[floa
         start_s = machine.clock()
         opened = open_bundle(bundle.root)
         activated = _open(opened, machine)
-        cache = activated.decoder.new_cache(context)
+        activated.decoder.new_cache(context)
         open_tokenizer(opened, opened.component("reasoner"))
         samples_ms.append((machine.clock() - start_s) * 1e3)
     assert activated is not None, "at least one load was made"
-    return statistics.median(samples_ms), activated, cache
+    return statistics.median(samples_ms), activated
 
 
 def _measure_runs(
     bundle: Bundle,
     activated: Activated,
-    cache: KVCache,
     spec: DecoderSpec,
     options: BenchOptions,
+    context: int,
     clock: Callable[[], float],
     advance: Callable[[str], None],
 ) -> list[_Run]:
-    engine = _engine(bundle, activated, cache, clock)
+    engine = _engine(bundle, activated, context, clock)
     params = SamplingParams(max_tokens=options.new_tokens)
     runs = []
     for number in range(options.repeats + 1):
         advance(f"run {number} of {options.repeats}" if number else "warm-up")
-        cache.rewind(0)
         prompt = random_prompt(spec.vocab_size, options.prompt_tokens, (options.seed, number))
-        done = _drain(engine, prompt, params)
+        done = engine.submit(prompt, params).result()
         if done.usage.cached_tokens or done.usage.completion_tokens != options.new_tokens:
             raise BackendError(f"bench: {done.usage} instead of {options.new_tokens} uncached tokens")
         runs.append(_Run(done.timings.prefill_tps, done.timings.decode_tps, done.timings.ttft_ms))
     return runs[1:]
-
-
-def _drain(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> Generation:
-    stream = engine.generate(prompt, params)
-    while True:
-        try:
-            next(stream)
-        except StopIteration as end:
-            generation: Generation = end.value
-            return generation
 
 
 def _measure_fresh(

@@ -131,6 +131,8 @@ class Stopwatch:
         self._clock = clock
         self._submitted_s = self._since_s = submitted_s
         self.busy_s = 0.0
+        #: seconds until the first turn; None before it
+        self.queue_s: float | None = None
 
     def resume(self) -> None:
         """This answer's turn begins."""
@@ -189,7 +191,7 @@ class Decoding:
         rng = np.random.default_rng(params.seed)
         text, stopper = IncrementalDecoder(self._decoder.tokenizer), StopMatcher(params.stop)
         watch.resume()
-        queue_s = watch.elapsed_s()
+        queue_s = watch.queue_s = watch.elapsed_s()
         reused = len(self._sequence.tokens)
         # 1. Prefill: what is not reused of the prompt; the last chunk's logits choose the first token.
         step: Step | None = None
@@ -251,18 +253,18 @@ class Decoding:
         start = len(sequence.tokens)
         border = chunk_end(start)
         step = self._extend(prompt[start : min(border, len(prompt))])
-        if step.hidden_sum is not None and step.last_hidden is not None:
+        if step.hidden_sum is not None and step.hidden_last is not None:
             before = sequence.hidden_at(start)
             total = step.hidden_sum.copy() if before is None else before.total + step.hidden_sum
-            sequence.mark_hidden(HiddenMark(total, step.last_hidden.copy()))
+            sequence.mark_hidden(HiddenMark(total, step.hidden_last.copy()))
         if border <= len(prompt):
             sequence.mark_border()
         return step
 
     def _feed(self, token_id: int) -> Step:
         step = self._extend((token_id,))
-        if step.hidden_sum is not None and step.last_hidden is not None:
-            last = step.last_hidden.copy()
+        if step.hidden_sum is not None and step.hidden_last is not None:
+            last = step.hidden_last.copy()
             self._answer_sum = last if self._answer_sum is None else self._answer_sum + last
             self._answer_last = last
         return step

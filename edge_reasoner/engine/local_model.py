@@ -50,7 +50,8 @@ class LocalModel:
         return self.prompt_ids(request.messages) if request.text is None else self.raw_ids(request.text)
 
     def submit(self, request: ChatRequest) -> TokenStream:
-        """See `ChatModel`. Raises InputError, TemplateError, ContextOverflowError, OverloadedError at once."""
+        """See `ChatModel`. Raises InputError, TemplateError, ContextOverflowError, OverloadedError at
+        once."""
         return self.submit_ids(self.request_ids(request), request)
 
     def submit_ids(self, prompt_ids: Sequence[int], request: ChatRequest) -> TokenStream:

@@ -108,6 +108,12 @@ class TokenStream:
         """Seconds of model work so far."""
         return self._job.watch.busy_s
 
+    @property
+    def queue_s(self) -> float:
+        """Seconds that it waited for its first turn; until now, if that has not come."""
+        queue_s = self._job.watch.queue_s
+        return self._job.watch.elapsed_s() if queue_s is None else queue_s
+
     def __iter__(self) -> Iterator[TokenPiece]:
         return self
 
@@ -175,8 +181,10 @@ class Engine:
         clock: Callable[[], float],
         limits: EngineLimits | None = None,
         kv_bytes_per_token: int = 0,
+        context_tokens: int | None = None,
     ) -> None:
         """`clock` returns monotonic seconds; `eos_token_ids` end an answer and are not part of its text.
+        `context_tokens` None: the model's own.
         `kv_bytes_per_token`: of one cache, for `limits.caches.bytes`. The engine closes `model`."""
         self.name = name
         self.tokenizer = tokenizer
@@ -184,7 +192,8 @@ class Engine:
         self._model = model
         self._clock = clock
         self._pid = os.getpid()
-        pool = CachePool(model, self.limits.caches, kv_bytes_per_token)
+        self._context_tokens = min(context_tokens or model.context_tokens, model.context_tokens)
+        pool = CachePool(model, self.limits.caches, kv_bytes_per_token, self._context_tokens)
         # The loop does not know the engine, so that an engine which nobody holds can end it.
         self._loop = _Loop(Decoder(model, tokenizer, name, frozenset(eos_token_ids)), pool, self.limits)
         self._dropped = weakref.finalize(self, self._loop.stop)
@@ -193,12 +202,7 @@ class Engine:
     @property
     def context_tokens(self) -> int:
         """Longest prompt and answer together, in tokens."""
-        return self._model.context_tokens
-
-    @property
-    def hidden_size(self) -> int | None:
-        """Width of the hidden states, None where the model gives none."""
-        return self._model.hidden_size
+        return self._context_tokens
 
     def limit_tokens(self, context_tokens: int | None = None) -> int:
         """The context limit in force for a request that lowers it to `context_tokens`."""
@@ -223,8 +227,6 @@ class Engine:
             raise InputError("the prompt is empty: at least one token is needed")
         if min(prompt) < 0 or max(prompt) >= self._model.vocab_size:
             raise InputError(f"prompt: token ids must be from 0 to {self._model.vocab_size - 1}")
-        if hidden and self.hidden_size is None:
-            raise InputError(f"{self.name}: this bundle's graph gives no hidden states; export it again")
         limit = self.limit_tokens(context_tokens)
         if len(prompt) + 1 > limit:
             raise ContextOverflowError(
@@ -266,8 +268,8 @@ class _Loop:
             given_up = sum(other.cancelled for other in self._waiting)
             if self._unfinished - given_up >= self._limits.waiting + self._limits.active:
                 raise OverloadedError(
-                    f"{self._limits.active} requests are being answered and {self._limits.waiting} wait already;"
-                    " try again later"
+                    f"{self._limits.active} requests are being answered and {self._limits.waiting} wait"
+                    " already; try again later"
                 )
             self._waiting.append(job)
             self._unfinished += 1

@@ -116,9 +116,12 @@ class CachedSequence:
 class CachePool:
     """The caches of one model. Belongs to the loop's thread."""
 
-    def __init__(self, model: DecoderModel, limits: CacheLimits, bytes_per_token: int) -> None:
-        """`bytes_per_token`: of one cache; 0 where that is unknown."""
+    def __init__(
+        self, model: DecoderModel, limits: CacheLimits, bytes_per_token: int, context_tokens: int
+    ) -> None:
+        """`bytes_per_token`: of one cache; 0 where that is unknown. `context_tokens`: room of each cache."""
         self._model = model
+        self._context_tokens = context_tokens
         self._limits = limits
         self._bytes_per_token = bytes_per_token
         self._sequences: list[CachedSequence] = []
@@ -164,7 +167,7 @@ class CachePool:
 
     def _new(self) -> CachedSequence:
         try:
-            return CachedSequence(self._model.new_cache())
+            return CachedSequence(self._model.new_cache(self._context_tokens))
         except BackendError:
             # no memory: what is kept for later goes first
             free = [sequence for sequence in self._sequences if not sequence.busy]
@@ -172,7 +175,7 @@ class CachePool:
                 raise
             for sequence in free:
                 self.drop(sequence)
-            return CachedSequence(self._model.new_cache())
+            return CachedSequence(self._model.new_cache(self._context_tokens))
 
     def _best(self, prompt: Sequence[int], hidden: bool) -> tuple[CachedSequence | None, int]:
         """The sequence with most to reuse, if any has something; of equals a free one, then the shortest."""

@@ -25,17 +25,21 @@ def vetoes(
     policy: Policy,
     mode: Mode,
     has_cloud: bool,
+    local_problem: str | None = None,
 ) -> Vetoes:
     """Which places are excluded for a prompt.
 
     `text` is everything that would be sent; `prompt_tokens` its length as the local model sees it, template
     included; `context_tokens` the local limit, of which one token must be left for an answer.
+    `local_problem`: why the local model cannot read the prompt, if it cannot.
     """
     against_local: list[str] = []
     if prompt_tokens + 1 > context_tokens:
         against_local.append(
             f"the prompt's {prompt_tokens} tokens do not fit the local context of {context_tokens} tokens"
         )
+    if local_problem is not None:
+        against_local.append(f"the local model cannot read the prompt: {local_problem}")
     if mode == "cloud":
         against_local.append("mode is cloud")
     forbidden: list[str] = []

@@ -53,11 +53,14 @@ class Answer:
     cost: Cost
     finish_reason: str
     note: str | None = None
+    #: what a reasoning model wrote before its answer; never part of `text`
+    thinking: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `ask --json` prints."""
         return {
             "text": self.text,
+            "thinking": self.thinking,
             "source": self.source,
             "model": self.model,
             "confidence": self.confidence,

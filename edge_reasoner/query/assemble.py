@@ -21,8 +21,9 @@ from edge_reasoner.contract.bundle.tokenizer_files import (
     parse_tokenizer_config,
 )
 from edge_reasoner.contract.template.render import MAX_TEMPLATE_BYTES, TEMPLATE_FILE, ChatTemplate
-from edge_reasoner.engine.generate import Engine
 from edge_reasoner.engine.local_model import LocalModel
+from edge_reasoner.engine.loop import Engine, EngineLimits
+from edge_reasoner.engine.prefix import CacheLimits
 from edge_reasoner.engine.tokens import TextTokenizer
 from edge_reasoner.errors import BundleError, TemplateError
 from edge_reasoner.files import decode_text
@@ -31,6 +32,8 @@ from edge_reasoner.preprocess.preprocessor import Preprocessor
 
 #: Where the model's own context is longer, this bounds the KV cache unless the caller asks for more.
 DEFAULT_CONTEXT_TOKENS = 4096
+#: KV caches are kept in this part of the memory: 1/4
+_CACHE_SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,25 @@ def open_local_model(
     tokenizer = open_tokenizer(bundle, component)
     template = _open_template(bundle, component, tokenizer.config, machine)
     activated = activate(bundle, kind, threads=machine.threads, cache_dir=machine.cache_dir)
-    decoder = activated.decoder
-    cache = decoder.new_cache(context_tokens or min(spec.context_tokens, DEFAULT_CONTEXT_TOKENS))
-    engine = Engine(decoder, cache, tokenizer, eos_token_ids=spec.eos_token_ids, clock=machine.clock)
-    model = LocalModel(
-        engine,
+    engine = Engine(
+        activated.decoder,
         tokenizer,
-        template,
         name=component.name,
-        bos_token_id=spec.bos_token_id if spec.bos_token_id is not None else tokenizer.bos_id,
+        eos_token_ids=spec.eos_token_ids,
+        clock=machine.clock,
+        limits=EngineLimits(caches=CacheLimits(bytes=_cache_bytes())),
+        kv_bytes_per_token=spec.kv_bytes_per_token,
+        context_tokens=context_tokens or min(spec.context_tokens, DEFAULT_CONTEXT_TOKENS),
     )
+    bos = spec.bos_token_id if spec.bos_token_id is not None else tokenizer.bos_id
+    model = LocalModel(engine, template, bos_token_id=bos)
     return model, activated.activation
+
+
+def _cache_bytes() -> int | None:
+    """What kept KV caches may take of the memory that this process may use; None where that is unknown."""
+    memory_bytes = allowance().memory_bytes
+    return None if memory_bytes is None else memory_bytes // _CACHE_SHARE
 
 
 def open_preprocessor(bundle: Bundle, machine: Machine) -> Preprocessor:

@@ -1,52 +1,39 @@
 """One query's way: veto → preprocess → gate → local → gate → cloud or degraded. The order stands here only.
 
-A query is a generator of `Piece`s whose return value is the `Answer`; `ask` drains it, `stream` passes it on.
+A query is a generator of `Piece`s that returns the `Answer`; `PulledStream` makes a stream of it.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 from edge_reasoner.chat.messages import message_text
-from edge_reasoner.chat.model import ChatModel, ChatRequest, ChatResult, Usage
-from edge_reasoner.chat.params import SamplingParams
+from edge_reasoner.chat.model import Cancellation, ChatModel, ChatRequest, ChatResult, Usage
 from edge_reasoner.cloud.base import CloudPrice
-from edge_reasoner.contract.template.render import Message
-from edge_reasoner.engine.generate import Generation
+from edge_reasoner.engine.generate import Generation, TokenPiece
 from edge_reasoner.engine.local_model import LocalModel
-from edge_reasoner.errors import CloudError, ContextOverflowError, InputError
-from edge_reasoner.gate.decide import AnswerStats, Decision, decide_after, decide_before, forced
-from edge_reasoner.gate.policy import Mode, Policy
-from edge_reasoner.gate.veto import Vetoes, vetoes
-from edge_reasoner.preprocess.features import PromptFeatures
+from edge_reasoner.errors import (
+    BackendError,
+    CloudError,
+    ContextOverflowError,
+    EdgeReasonerError,
+    InputError,
+    OverloadedError,
+)
+from edge_reasoner.gate.decide import AnswerStats, Decision, decide_after, forced
+from edge_reasoner.gate.policy import Policy
 from edge_reasoner.preprocess.preprocessor import Preprocessor
-from edge_reasoner.query.answer import Answer, Cost, Piece, Source, Timings
+from edge_reasoner.query.answer import Answer, Cost, Piece, Source
+from edge_reasoner.query.inspect import Inspected, Query, inspect
+from edge_reasoner.query.meter import Meter
 
 Pieces = Generator[Piece, None, Answer]
 
-
-@dataclass
-class Query:
-    """One query under way: what was asked, and what has been measured so far."""
-
-    messages: Sequence[Message]
-    params: SamplingParams
-    mode: Mode
-    streaming: bool
-    context_tokens: int | None
-    start_s: float
-    features: PromptFeatures = field(init=False)
-    prompt_ids: list[int] = field(init=False)
-    before: Decision = field(init=False)
-    veto: Vetoes = field(init=False)
-    queue_s: float = 0.0
-    preprocess_ms: float = 0.0
-    local_busy_s: float = 0.0
-    first_token_s: float | None = None
-    cloud_shown: str = ""
+#: what another tier may fail with; the device then answers itself
+_TIER_ERRORS = (CloudError, ContextOverflowError, OverloadedError, BackendError)
+#: where nobody counted and the local tokenizer cannot: characters of a token, about
+_CHARS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -58,8 +45,45 @@ class LocalOutcome:
     hand_over: bool
 
 
+@dataclass(frozen=True)
+class _Way:
+    """What the steps of one query share: the first look, what is measured, and the reader's wish to end."""
+
+    looked: Inspected
+    meter: Meter
+    cancellation: Cancellation
+
+    @property
+    def request(self) -> ChatRequest:
+        return self.looked.query.request
+
+
+@dataclass
+class _Judged:
+    """The local answer's tokens so far, as the gate reads them."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+
+    def add(self, piece: TokenPiece) -> bool:
+        """Whether the piece was a token (and not text that was held back)."""
+        if piece.token_id is None:
+            return False
+        self.token_ids.append(piece.token_id)
+        self.logprobs.append(piece.logprob)
+        self.margins.append(piece.margin)
+        self.entropies.append(piece.entropy)
+        return True
+
+    def stats(self, finish_reason: str | None) -> AnswerStats:
+        """The statistics of these tokens."""
+        return AnswerStats.of(self.logprobs, self.margins, self.entropies, finish_reason, self.token_ids)
+
+
 class Router:
-    """Answers queries with the parts it is given. Thread-safe: local work takes turns."""
+    """Answers queries with the parts it is given. Thread-safe; holds no lock."""
 
     def __init__(
         self,
@@ -80,227 +104,190 @@ class Router:
         self._price = price
         self._power_w = power_w
         self._clock = clock
-        self._turn_lock = threading.Lock()
-        self._turn_owner: int | None = None
 
-    def run(
-        self,
-        messages: Sequence[Message],
-        params: SamplingParams,
-        *,
-        mode: Mode,
-        streaming: bool,
-        context_tokens: int | None = None,
-    ) -> Pieces:
+    def run(self, query: Query, cancellation: Cancellation) -> Pieces:
         """Answers a chat. Computing starts with the first `next`."""
-        query = Query(messages, params, mode, streaming, context_tokens, self._clock())
+        meter = Meter(self._clock)
         # 1. Look: features, embedding, length in tokens; what the owner forbids.
-        self._prepare(query)
+        looked = inspect(
+            query, self.local, self._preprocessor, self.policy, has_cloud=self._cloud is not None
+        )
+        meter.preprocess_ms = looked.preprocess_ms
+        way = _Way(looked, meter, cancellation)
         # 2. Only one place is possible, or the gate chooses before any token is made.
         if query.mode == "cloud":
-            return (yield from self._only_cloud(query))
-        if query.veto.against_cloud:
-            return (yield from self._only_local(query))
-        if query.veto.against_local:
-            wanted = forced("cloud", query.veto.against_local, query.before)
-            return (yield from self._cloud_else_local(query, wanted, None))
-        if query.before.route == "cloud":
-            return (yield from self._cloud_else_local(query, query.before, None))
+            return (yield from self._only_cloud(way))
+        if looked.veto.against_cloud:
+            return (yield from self._only_local(way))
+        if looked.veto.against_local:
+            wanted = forced("cloud", looked.veto.against_local, looked.before)
+            return (yield from self._cloud_else_local(way, wanted, None))
+        if looked.before.route == "cloud":
+            return (yield from self._cloud_else_local(way, looked.before, None))
         # 3. The local model tries; the gate judges its first tokens and its whole answer.
-        outcome = yield from self._try_local(query, gated=True)
+        outcome = yield from self._try_local(way, gated=True)
         if not outcome.hand_over:
-            return self._local_answer(query, outcome, "local", None)
+            return self._local_answer(way, outcome, "local", None)
         # 4. Not good enough: the cloud, with what the local model made as the fallback.
         yield Piece("", "handover")
-        return (yield from self._cloud_else_local(query, outcome.decision, outcome.generation))
+        return (yield from self._cloud_else_local(way, outcome.decision, outcome.generation))
 
-    def _prepare(self, query: Query) -> None:
-        text = "\n".join(message_text(message) for message in query.messages)
-        looked = self._preprocessor.run(message_text(query.messages[-1]))
-        query.features, query.preprocess_ms = looked.features, looked.preprocess_ms
-        query.prompt_ids = self.local.prompt_ids(query.messages)
-        limit = min(query.context_tokens or self.local.context_tokens, self.local.context_tokens)
-        query.before = decide_before(query.features, self.policy)
-        query.veto = vetoes(
-            text,
-            prompt_tokens=len(query.prompt_ids),
-            context_tokens=limit,
-            policy=self.policy,
-            mode=query.mode,
-            has_cloud=self._cloud is not None,
-        )
-
-    def _only_cloud(self, query: Query) -> Pieces:
-        if query.veto.forbidden:
-            raise InputError(f"mode cloud is not allowed for this prompt: {'; '.join(query.veto.forbidden)}")
+    def _only_cloud(self, way: _Way) -> Pieces:
+        forbidden = way.looked.veto.forbidden
+        if forbidden:
+            raise InputError(f"mode cloud is not allowed for this prompt: {'; '.join(forbidden)}")
         if self._cloud is None:
             raise InputError("mode cloud: no cloud is configured; give the endpoint's URL")
-        result = yield from self._ask_cloud(query, self._cloud)
-        return self._cloud_answer(query, result, forced("cloud", ("mode is cloud",), query.before))
+        shown: list[str] = []
+        result = yield from self._ask_cloud(way, self._cloud, shown)
+        return self._cloud_answer(way, result, forced("cloud", ("mode is cloud",), way.looked.before))
 
-    def _only_local(self, query: Query) -> Pieces:
-        reasons = query.veto.against_cloud
-        if query.veto.against_local:
-            why = "; ".join((*query.veto.against_local, *reasons))
+    def _only_local(self, way: _Way) -> Pieces:
+        looked, reasons = way.looked, way.looked.veto.against_cloud
+        if looked.local_error is not None:
+            raise looked.local_error
+        if looked.veto.against_local:
+            why = "; ".join((*looked.veto.against_local, *reasons))
             raise ContextOverflowError(f"neither the device nor the cloud can take this prompt: {why}")
-        outcome = yield from self._try_local(query, gated=False)
+        outcome = yield from self._try_local(way, gated=False)
         # Offline, an answer that the gate would have handed over says so.
-        wanted = query.mode == "offline" and "cloud" in (query.before.route, outcome.decision.route)
+        would = "cloud" in (looked.before.route, outcome.decision.route)
+        wanted = looked.query.mode == "offline" and would
         decision = forced("cloud" if wanted else "local", reasons, outcome.decision)
         note = f"{'; '.join(reasons)}: the cloud would have been asked" if wanted else None
         source: Source = "degraded" if wanted else "local"
-        return self._local_answer(query, LocalOutcome(outcome.generation, decision, False), source, note)
+        return self._local_answer(way, LocalOutcome(outcome.generation, decision, False), source, note)
 
-    def _cloud_else_local(self, query: Query, decision: Decision, fallback: Generation | None) -> Pieces:
+    def _cloud_else_local(self, way: _Way, decision: Decision, fallback: Generation | None) -> Pieces:
         """The cloud's answer; if the cloud fails, the local one, marked degraded with the reason."""
         assert self._cloud is not None, "vetoes exclude the cloud where none is configured"
+        shown: list[str] = []
         try:
-            result = yield from self._ask_cloud(query, self._cloud)
-        except CloudError as error:
+            result = yield from self._ask_cloud(way, self._cloud, shown)
+        except _TIER_ERRORS as error:
             note = f"the cloud failed ({error}); answered on the device"
-            if query.veto.against_local:
-                why = "; ".join(query.veto.against_local)
+            if way.looked.veto.against_local:
+                why = "; ".join(way.looked.veto.against_local)
                 raise ContextOverflowError(f"{why}, and the cloud failed: {error}") from error
         else:
-            return self._cloud_answer(query, result, decision)
-        if query.cloud_shown:
+            return self._cloud_answer(way, result, decision)
+        spent = self._counted(way, "".join(shown)) if any(shown) else None
+        if spent is not None:
             yield Piece(f"\n[{note}]\n", "degraded")
         if fallback is not None:
+            way.meter.token()
             yield Piece(fallback.text, "local")
         else:
-            outcome = yield from self._try_local(query, gated=False)
+            outcome = yield from self._try_local(way, gated=False)
             fallback, decision = outcome.generation, forced("cloud", decision.reasons, outcome.decision)
-        return self._local_answer(query, LocalOutcome(fallback, decision, False), "degraded", note)
+        return self._local_answer(way, LocalOutcome(fallback, decision, False), "degraded", note, spent)
 
-    def _try_local(self, query: Query, *, gated: bool) -> Generator[Piece, None, LocalOutcome]:
+    def _try_local(self, way: _Way, *, gated: bool) -> Generator[Piece, None, LocalOutcome]:
         """Generates locally. While `gated` nothing is yielded before the gate has committed to local.
 
         A stream commits after `policy.early_tokens`; a whole answer is judged again at its end.
         """
-        token_ids: list[int] = []
-        logprobs: list[float] = []
-        margins: list[float] = []
-        entropies: list[float] = []
-        held: list[str] = []
-        committed = not gated
-
-        def judge(finish_reason: str | None) -> Decision:
-            stats = AnswerStats.of(logprobs, margins, entropies, finish_reason, token_ids)
-            return decide_after(stats, query.features, self.policy)
-
-        with self._turn(query):
-            stream = self.local.generate(query.prompt_ids, query.params, context_tokens=query.context_tokens)
+        judged, held, committed = _Judged(), list[str](), not gated
+        features, streaming = way.looked.features, way.looked.query.streaming
+        stream = self.local.submit_ids(way.looked.prompt_ids, way.request)
+        way.cancellation.follow(stream)
+        with stream:
             try:
-                while True:
-                    try:
-                        token = next(stream)
-                    except StopIteration as end:
-                        generation: Generation = end.value
-                        break
-                    query.first_token_s = query.first_token_s or self._clock()
-                    held.append(token.text)
-                    if token.token_id is not None:
-                        token_ids.append(token.token_id)
-                        logprobs.append(token.logprob)
-                        margins.append(token.margin)
-                        entropies.append(token.entropy)
-                        if not committed and len(logprobs) == self.policy.early_tokens:
-                            early = judge(None)
-                            if early.route == "cloud":
-                                return LocalOutcome(None, early, hand_over=True)
-                            committed = query.streaming
+                for piece in stream:
+                    way.meter.token()
+                    held.append(piece)
+                    at_border = judged.add(piece) and len(judged.logprobs) == self.policy.early_tokens
+                    if at_border and not committed:
+                        early = decide_after(judged.stats(None), features, self.policy)
+                        if early.route == "cloud":
+                            return LocalOutcome(None, early, hand_over=True)
+                        committed = streaming
                     if committed:
                         text, held = "".join(held), []
                         if text:
                             yield Piece(text, "local")
+                generation = stream.result()
             finally:
-                stream.close()
-        decision = judge(generation.finish_reason)
-        if not committed and decision.route == "cloud":
+                way.meter.local(stream.queue_s, stream.busy_s)
+        decision = decide_after(judged.stats(generation.finish_reason), features, self.policy)
+        doubted = gated and decision.route == "cloud" and not way.cancellation.wanted
+        if doubted and not committed:
             return LocalOutcome(generation, decision, hand_over=True)
         if text := "".join(held):
             yield Piece(text, "local")
-        if gated and decision.route == "cloud":
+        if doubted:
             # shown already, and never retracted: the answer stays local, with its low confidence in the open
             decision = forced("local", ("the answer was shown before its end was judged",), decision)
         return LocalOutcome(generation, decision, hand_over=False)
 
-    def _ask_cloud(self, query: Query, cloud: ChatModel) -> Generator[Piece, None, ChatResult]:
-        stream = cloud.submit(ChatRequest(tuple(query.messages), params=query.params))
-        query.first_token_s = None
+    def _ask_cloud(self, way: _Way, cloud: ChatModel, shown: list[str]) -> Generator[Piece, None, ChatResult]:
+        """Passes on the cloud's pieces, and keeps them in `shown`."""
+        way.meter.begin_anew()
+        stream = cloud.submit(ChatRequest(way.request.messages, params=way.request.params))
+        way.cancellation.follow(stream)
         try:
             for text in stream:
-                query.first_token_s = query.first_token_s or self._clock()
-                query.cloud_shown += text
-                yield Piece(text, "cloud")
+                if text:
+                    way.meter.token()
+                    shown.append(text)
+                    yield Piece(text, "cloud")
             return stream.result()
         finally:
             stream.close()
 
-    @contextmanager
-    def _turn(self, query: Query) -> Iterator[None]:
-        """The local session, one query at a time; the wait is the query's queue time."""
-        if self._turn_owner == threading.get_ident():
-            raise InputError("a stream of this thread is still open: exhaust or close it before asking again")
-        waited_s = self._clock()
-        with self._turn_lock:
-            self._turn_owner = threading.get_ident()
-            start_s = self._clock()
-            query.queue_s += start_s - waited_s
-            try:
-                yield
-            finally:
-                query.local_busy_s += self._clock() - start_s
-                self._turn_owner = None
-
-    def _local_answer(self, query: Query, outcome: LocalOutcome, source: Source, note: str | None) -> Answer:
+    def _local_answer(
+        self,
+        way: _Way,
+        outcome: LocalOutcome,
+        source: Source,
+        note: str | None,
+        spent: Usage | None = None,
+    ) -> Answer:
+        """`spent`: tokens of a cloud that broke off."""
         generation = outcome.generation
         assert generation is not None, "only a hand-over ends without a generation"
-        timings = generation.timings
         return Answer(
             text=generation.text,
+            thinking=generation.thinking,
             source=source,
             model=self.local.name,
             confidence=outcome.decision.score,
             decision=outcome.decision,
             usage=generation.usage,
-            timings=self._timings(query, timings.prefill_tps, timings.decode_tps),
-            cost=self._cost(query, self._shown_usage(query) if query.cloud_shown else None),
+            timings=way.meter.timings(generation.timings.prefill_tps, generation.timings.decode_tps),
+            cost=self._cost(way, spent),
             finish_reason=generation.finish_reason,
             note=note,
         )
 
-    def _cloud_answer(self, query: Query, result: ChatResult, decision: Decision) -> Answer:
-        usage = result.usage or self._shown_usage(query)
+    def _cloud_answer(self, way: _Way, result: ChatResult, decision: Decision) -> Answer:
+        usage = result.usage or self._counted(way, result.text)
         return Answer(
-            text=query.cloud_shown,
+            text=result.text,
+            thinking=result.thinking,
             source="cloud",
             model=result.model,
             confidence=None,
             decision=decision,
             usage=usage,
-            timings=self._timings(query, None, None),
-            cost=self._cost(query, usage),
+            timings=way.meter.timings(),
+            cost=self._cost(way, usage),
             finish_reason=result.finish_reason,
+            # a tier below that is a Reasoner itself says what went wrong there
+            note=result.note if isinstance(result, Answer) else None,
         )
 
-    def _shown_usage(self, query: Query) -> Usage:
-        # The endpoint did not count: the local tokenizer's count stands in.
-        return Usage(len(query.prompt_ids), len(self.local.tokenizer.encode(query.cloud_shown)))
+    def _counted(self, way: _Way, text: str) -> Usage:
+        """The endpoint did not count: the local tokenizer does, or the length stands in."""
+        try:
+            prompt = way.looked.prompt_ids or self.local.prompt_ids(way.request.messages)
+            return Usage(len(prompt), len(self.local.tokenizer.encode(text)))
+        except EdgeReasonerError:
+            asked = sum(len(message_text(message)) for message in way.request.messages)
+            return Usage(asked // _CHARS_PER_TOKEN + 1, len(text) // _CHARS_PER_TOKEN + 1)
 
-    def _timings(self, query: Query, prefill_tps: float | None, decode_tps: float | None) -> Timings:
-        end_s = self._clock()
-        return Timings(
-            queue_ms=query.queue_s * 1e3,
-            preprocess_ms=query.preprocess_ms,
-            ttft_ms=((query.first_token_s or end_s) - query.start_s) * 1e3,
-            total_ms=(end_s - query.start_s) * 1e3,
-            prefill_tps=prefill_tps,
-            decode_tps=decode_tps,
-        )
-
-    def _cost(self, query: Query, cloud_usage: Usage | None) -> Cost:
+    def _cost(self, way: _Way, cloud_usage: Usage | None) -> Cost:
         usd: float | None = 0.0
         if cloud_usage is not None:
             usd = None if self._price is None else self._price.cost_usd(cloud_usage)
-        return Cost(usd, None if self._power_w is None else self._power_w * query.local_busy_s)
+        return Cost(usd, None if self._power_w is None else self._power_w * way.meter.local_busy_s)

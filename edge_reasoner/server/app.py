@@ -8,7 +8,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -18,8 +18,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from edge_reasoner.engine.generate import GeneratedToken, Generation
-from edge_reasoner.errors import EdgeReasonerError, InputError
+from edge_reasoner.chat.model import ChatModel, ChatRequest, ChatResult
+from edge_reasoner.errors import EdgeReasonerError, InputError, OverloadedError
 from edge_reasoner.server.protocol import (
     MAX_REQUEST_BYTES,
     ChatBody,
@@ -29,14 +29,13 @@ from edge_reasoner.server.protocol import (
     finish_reason_body,
     parse_body,
 )
-from edge_reasoner.server.work import ChatModel, Job, Worker
+from edge_reasoner.server.work import Results, Streams, too_busy
 
 DEFAULT_MAX_WAITING = 8
 _BODY_TIMEOUT_S = 30.0
 _log = logging.getLogger(__name__)
 
 Outcome = TypeVar("Outcome")
-Results = AsyncGenerator[GeneratedToken | Generation, None]
 
 
 def create_app(
@@ -50,12 +49,12 @@ def create_app(
 
     `now` gives the seconds since 1970 that replies carry. The model is closed when the application stops.
     """
-    server = _Server(Worker(model, max_waiting=max_waiting), auth_token, now)
+    server = _Server(Streams(model, max_waiting=max_waiting), auth_token, now)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        server.worker.close()
+        server.streams.close()
 
     return Starlette(
         routes=[
@@ -69,6 +68,7 @@ def create_app(
             RequestError: _refuse,
             HTTPException: _refuse_http,
             InputError: _refuse_input,
+            OverloadedError: _refuse_busy,
             EdgeReasonerError: _fail,
             ClientDisconnect: _gone,
             Exception: _fail,
@@ -78,15 +78,15 @@ def create_app(
 
 
 class _Server:
-    def __init__(self, worker: Worker, auth_token: str | None, now: Callable[[], float]) -> None:
-        self.worker = worker
+    def __init__(self, streams: Streams, auth_token: str | None, now: Callable[[], float]) -> None:
+        self.streams = streams
         self._auth_token = auth_token
         self._now = now
         self._started_s = int(now())
 
     async def health(self, request: Request) -> Response:
         """Alive."""
-        return JSONResponse({"status": "ok", "model": self.worker.model.name})
+        return JSONResponse({"status": "ok", "model": self.streams.model.name})
 
     async def models(self, request: Request) -> Response:
         """The one model."""
@@ -105,24 +105,28 @@ class _Server:
         body = parse_body(await _read_body(request), ChatBody)
         self._check_model(body.model)
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        job = Job(body.chat(), body.params(max_tokens), body.attention_window)
-        return await self._answer(request, body, job, bool(body.logprobs))
+        asked = ChatRequest(
+            tuple(body.chat()), params=body.params(max_tokens), context_tokens=body.attention_window
+        )
+        return await self._answer(request, body, asked, bool(body.logprobs))
 
     async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`."""
         self._authorize(request)
         body = parse_body(await _read_body(request), CompletionBody)
         self._check_model(body.model)
-        job = Job(body.prompt, body.params(body.max_tokens), body.attention_window)
-        return await self._answer(request, body, job, logprobs=False)
+        asked = ChatRequest(
+            text=body.prompt, params=body.params(body.max_tokens), context_tokens=body.attention_window
+        )
+        return await self._answer(request, body, asked, logprobs=False)
 
     async def _answer(
-        self, request: Request, body: ChatBody | CompletionBody, job: Job, logprobs: bool
+        self, request: Request, body: ChatBody | CompletionBody, asked: ChatRequest, logprobs: bool
     ) -> Response:
         chat = isinstance(body, ChatBody)
         prefix = "chatcmpl" if chat else "cmpl"
-        reply = Reply(f"{prefix}-{uuid.uuid4().hex}", int(self._now()), self.worker.model.name, chat)
-        results = self.worker.submit(job)
+        reply = Reply(f"{prefix}-{uuid.uuid4().hex}", int(self._now()), self.streams.model.name, chat)
+        results = self.streams.submit(asked)
         if not body.stream:
             return await _whole(request, results, reply, logprobs)
         # The first item decides the status: a prompt that does not fit must be 400, not a broken stream.
@@ -143,11 +147,11 @@ class _Server:
             raise RequestError(401, "missing or wrong bearer token", "authentication_error")
 
     def _check_model(self, name: str) -> None:
-        if name != self.worker.model.name:
-            raise RequestError(404, f"model {name[:100]!r} is not served; {self.worker.model.name!r} is")
+        if name != self.streams.model.name:
+            raise RequestError(404, f"model {name[:100]!r} is not served; {self.streams.model.name!r} is")
 
     def _model_body(self) -> dict[str, Any]:
-        model = self.worker.model
+        model = self.streams.model
         return {
             "id": model.name,
             "object": "model",
@@ -175,22 +179,22 @@ async def _read_body(request: Request) -> bytes:
     raise RequestError(413, f"the request exceeds {MAX_REQUEST_BYTES} bytes")
 
 
-async def _first(request: Request, results: Results) -> GeneratedToken | Generation:
+async def _first(request: Request, results: Results) -> str | ChatResult:
     return await _unless_gone(request, anext(results), results)
 
 
 async def _whole(request: Request, results: Results, reply: Reply, logprobs: bool) -> Response:
-    async def collect() -> tuple[list[GeneratedToken], Generation]:
-        tokens: list[GeneratedToken] = []
+    async def collect() -> tuple[list[str], ChatResult]:
+        pieces: list[str] = []
         async for item in results:
-            if isinstance(item, Generation):
-                return tokens, item
-            tokens.append(item)
+            if not isinstance(item, str):
+                return pieces, item
+            pieces.append(item)
         raise RequestError(500, "the generation ended without a result", "server_error")
 
-    tokens, done = await _unless_gone(request, collect(), results)
+    pieces, done = await _unless_gone(request, collect(), results)
     finish = finish_reason_body(done.finish_reason)
-    return JSONResponse(reply.whole(done.text, finish, done.usage, tokens if logprobs else None))
+    return JSONResponse(reply.whole(done.text, finish, done.usage, pieces if logprobs else None))
 
 
 async def _unless_gone(request: Request, work: Awaitable[Outcome], results: Results) -> Outcome:
@@ -215,7 +219,7 @@ async def _unless_gone(request: Request, work: Awaitable[Outcome], results: Resu
 
 
 async def _events(
-    first: GeneratedToken | Generation, results: Results, reply: Reply, *, logprobs: bool, usage: bool
+    first: str | ChatResult, results: Results, reply: Reply, *, logprobs: bool, usage: bool
 ) -> AsyncIterator[bytes]:
     # aclosing: a client that goes away cancels the generation
     async with aclosing(results):
@@ -223,8 +227,8 @@ async def _events(
             yield _event(reply.first_chunk())
         try:
             item = first
-            while isinstance(item, GeneratedToken):
-                yield _event(reply.chunk(item.text, tokens=[item] if logprobs else None))
+            while isinstance(item, str):
+                yield _event(reply.chunk(str(item), tokens=[item] if logprobs else None))
                 item = await anext(results)
             yield _event(reply.chunk(None, finish_reason_body(item.finish_reason)))
             if usage:
@@ -254,6 +258,10 @@ async def _refuse_http(request: Request, error: Exception) -> Response:
 
 async def _refuse_input(request: Request, error: Exception) -> Response:
     return JSONResponse(RequestError(400, str(error)).body(), 400)
+
+
+async def _refuse_busy(request: Request, error: Exception) -> Response:
+    return await _refuse(request, too_busy(str(error)))
 
 
 async def _fail(request: Request, error: Exception) -> Response:

@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from edge_reasoner.chat.model import Usage
 from edge_reasoner.chat.params import SamplingParams
-from edge_reasoner.engine.generate import GeneratedToken
+from edge_reasoner.engine.generate import TokenPiece
 from edge_reasoner.errors import InputError
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
@@ -155,7 +155,7 @@ class Reply:
     chat: bool
 
     def chunk(
-        self, text: str | None, finish_reason: str | None = None, tokens: list[GeneratedToken] | None = None
+        self, text: str | None, finish_reason: str | None = None, tokens: list[str] | None = None
     ) -> dict[str, Any]:
         """One streamed event."""
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason}
@@ -172,12 +172,12 @@ class Reply:
         chunk["choices"][0]["delta"]["role"] = "assistant"
         return chunk
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+    def usage_chunk(self, usage: Usage | None) -> dict[str, Any]:
         """The last event, where it was asked for."""
         return {**self._head(streamed=True), "choices": [], "usage": usage_body(usage)}
 
     def whole(
-        self, text: str, finish_reason: str, usage: Usage, tokens: list[GeneratedToken] | None
+        self, text: str, finish_reason: str, usage: Usage | None, tokens: list[str] | None
     ) -> dict[str, Any]:
         """The reply of a request that does not stream."""
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason}
@@ -193,8 +193,10 @@ class Reply:
         return {"id": self.id, "object": kind, "created": self.created_s, "model": self.model}
 
 
-def usage_body(usage: Usage) -> dict[str, Any]:
-    """Token counts as the protocol has them."""
+def usage_body(usage: Usage | None) -> dict[str, Any] | None:
+    """Token counts as the protocol has them; None where nobody counted."""
+    if usage is None:
+        return None
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -208,15 +210,16 @@ def finish_reason_body(reason: str) -> str:
     return "length" if reason in ("length", "context") else "stop"
 
 
-def _logprobs(tokens: list[GeneratedToken]) -> dict[str, Any]:
+def _logprobs(pieces: list[str]) -> dict[str, Any]:
+    """Of pieces that are tokens: another tier's pieces are text only."""
     content = [
         {
-            "token": token.text,
-            "logprob": token.logprob,
-            "bytes": list(token.text.encode("utf-8")),
+            "token": str(piece),
+            "logprob": piece.logprob,
+            "bytes": list(piece.encode("utf-8")),
             "top_logprobs": [],
         }
-        for token in tokens
-        if token.token_id is not None
+        for piece in pieces
+        if isinstance(piece, TokenPiece) and piece.token_id is not None
     ]
     return {"content": content, "refusal": None}

@@ -5,22 +5,18 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
 
-from edge_reasoner.chat.params import SamplingParams
+from edge_reasoner.chat.model import ChatModel, ChatRequest, ChatResult, ChatStream
 from edge_reasoner.contract.bundle.open import Bundle, open_bundle
-from edge_reasoner.contract.template.render import Message
-from edge_reasoner.engine.generate import TokenStream
-from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.errors import InputError
 from edge_reasoner.machine.cache_dir import default_cache_dir
 from edge_reasoner.query.assemble import Machine, default_threads, open_local_model
 from edge_reasoner.server.app import DEFAULT_MAX_WAITING, create_app
-from edge_reasoner.server.work import ChatModel
 
 _KEEP_ALIVE_S = 5
 _SHUTDOWN_S = 3
@@ -28,12 +24,12 @@ _START_TIMEOUT_S = 10.0
 
 
 class ReferenceModel:
-    """A `ChatModel` over a local model."""
+    """A `ChatModel` over another one, under the name that clients ask for."""
 
-    def __init__(self, local: LocalModel, name: str | None = None) -> None:
-        """`name`: what clients ask for; None: the local model's own."""
-        self._local = local
-        self._name = name or local.name
+    def __init__(self, model: ChatModel, name: str | None = None) -> None:
+        """`name` None: the model's own. The model is closed with this one."""
+        self._model = model
+        self._name = name or model.name
 
     @classmethod
     def open(
@@ -60,25 +56,17 @@ class ReferenceModel:
         return self._name
 
     @property
-    def context_tokens(self) -> int:
+    def context_tokens(self) -> int | None:
         """See `ChatModel`."""
-        return self._local.context_tokens
+        return self._model.context_tokens
 
-    def generate(
-        self,
-        prompt: str | Sequence[Message],
-        params: SamplingParams,
-        *,
-        cancelled: Callable[[], bool],
-        context_tokens: int | None = None,
-    ) -> TokenStream:
-        """See `ChatModel`: a string is continued as it is, messages go through the chat template."""
-        ids = self._local.raw_ids(prompt) if isinstance(prompt, str) else self._local.prompt_ids(prompt)
-        return self._local.generate(ids, params, cancelled=cancelled, context_tokens=context_tokens)
+    def submit(self, request: ChatRequest) -> ChatStream[str, ChatResult]:
+        """See `ChatModel`."""
+        return self._model.submit(request)
 
     def close(self) -> None:
         """See `ChatModel`."""
-        self._local.close()
+        self._model.close()
 
 
 def serve(

@@ -1,143 +1,110 @@
-"""Runs a chat model's generations one after another in a worker thread, for asynchronous callers."""
+"""A chat model's streams for asynchronous callers. The model schedules; here threads only wait for it."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from edge_reasoner.chat.params import SamplingParams
-from edge_reasoner.contract.template.render import Message
-from edge_reasoner.engine.generate import GeneratedToken, Generation, TokenStream
-from edge_reasoner.errors import BackendError
+from edge_reasoner.chat.model import ChatModel, ChatRequest, ChatResult, ChatStream
 from edge_reasoner.server.protocol import RequestError
 
-#: tokens that a slow reader may leave unread before the generation waits for it
-_UNREAD_TOKENS = 256
 _RETRY_AFTER_S = 2
-#: a reader that lets the buffer stay full for so long is given up
-_STALL_S = 30
+
+#: an answer's pieces and, last, the whole of it
+Results = AsyncGenerator[str | ChatResult, None]
 
 
-class ChatModel(Protocol):
-    """What the server serves. Calls come from one thread at a time."""
-
-    @property
-    def name(self) -> str:
-        """Name that clients ask for."""
-
-    @property
-    def context_tokens(self) -> int:
-        """Longest prompt and answer together, in tokens."""
-
-    def generate(
-        self,
-        prompt: str | Sequence[Message],
-        params: SamplingParams,
-        *,
-        cancelled: Callable[[], bool],
-        context_tokens: int | None = None,
-    ) -> TokenStream:
-        """Answers messages, or continues a text. Raises EdgeReasonerError."""
-
-    def close(self) -> None:
-        """Releases the model."""
+def too_busy(why: str) -> RequestError:
+    """The reply to a request that would have to wait too long."""
+    return RequestError(429, why, "rate_limit_error", _RETRY_AFTER_S)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One generation to be run."""
+class Streams:
+    """The streams of one model: a bounded number, each read by a thread of its own.
 
-    prompt: str | Sequence[Message]
-    params: SamplingParams
-    context_tokens: int | None
-
-
-class Worker:
-    """One model, one thread, a bounded queue."""
+    A client that reads slowly or not at all holds up nobody: the model does not wait for it, and its pieces
+    are kept, at most as many as its answer may have tokens.
+    """
 
     def __init__(self, model: ChatModel, *, max_waiting: int) -> None:
-        """`max_waiting`: jobs beyond the running one; more are refused with 429."""
+        """`max_waiting`: requests beyond one that is being answered; more are refused with 429."""
         self.model = model
-        self._max_jobs = max_waiting + 1
-        self._jobs = 0
+        self._most = max_waiting + 1
+        self._open = 0
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="edge-reasoner-model")
+        self._pool = ThreadPoolExecutor(self._most, thread_name_prefix="edge-reasoner-stream")
 
     def close(self) -> None:
-        """Waits for the running job, drops the others, releases the model."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Closes the model, which ends every stream, and waits for their readers."""
         self.model.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def submit(self, job: Job) -> AsyncGenerator[GeneratedToken | Generation, None]:
-        """Queues a job; yields its tokens and, last, its `Generation`.
+    def submit(self, request: ChatRequest) -> Results:
+        """Starts an answer. Raises RequestError(429) at once when there are too many.
 
-        Raises RequestError(429) at once when the queue is full. Closing the generator cancels the job.
+        What the model raises comes from the first item. Closing the generator cancels the answer.
         """
         with self._lock:
-            if self._jobs >= self._max_jobs:
-                raise RequestError(
-                    429, "the queue is full; try again later", "rate_limit_error", _RETRY_AFTER_S
-                )
-            self._jobs += 1
-        loop = asyncio.get_running_loop()
-        items: asyncio.Queue[Any] = asyncio.Queue()
-        cancel = threading.Event()
-        unread = threading.Semaphore(_UNREAD_TOKENS)
+            if self._open >= self._most:
+                raise too_busy("the queue is full; try again later")
+            self._open += 1
+        bridge = _Bridge(asyncio.get_running_loop())
+        self._pool.submit(self._read, request, bridge)
+        return bridge.items()
 
-        def post(item: Any) -> None:
-            if not cancel.is_set():
-                loop.call_soon_threadsafe(items.put_nowait, item)
-
-        self._pool.submit(self._run, job, post, cancel, unread)
-        return _read(items, cancel, unread)
-
-    def _run(
-        self, job: Job, post: Callable[[Any], None], cancel: threading.Event, unread: threading.Semaphore
-    ) -> None:
+    def _read(self, request: ChatRequest, bridge: _Bridge) -> None:
         try:
-            if cancel.is_set():
+            if bridge.closed:
                 return
-            stream = self.model.generate(
-                job.prompt, job.params, cancelled=cancel.is_set, context_tokens=job.context_tokens
-            )
-            while True:
-                try:
-                    token = next(stream)
-                except StopIteration as end:
-                    post(end.value)
-                    return
-                if not _acquire(unread, cancel):
-                    stream.close()
-                    post(BackendError(f"the client read nothing for {_STALL_S} s"))
-                    return
-                post(token)
-        except Exception as error:  # noqa: BLE001  # the worker thread's edge: the request gets the error
-            post(error)
+            stream = self.model.submit(request)
+            bridge.follow(stream)
+            try:
+                for piece in stream:
+                    bridge.post(piece)
+                bridge.post(stream.result())
+            finally:
+                stream.close()
+        except Exception as error:  # noqa: BLE001  # the thread's edge: the request gets the error
+            bridge.post(error)
         finally:
             with self._lock:
-                self._jobs -= 1
+                self._open -= 1
 
 
-def _acquire(unread: threading.Semaphore, cancel: threading.Event) -> bool:
-    # A client that stops reading must not keep the model from the others.
-    return any(unread.acquire(timeout=0.1) for _ in range(_STALL_S * 10) if not cancel.is_set())
+class _Bridge:
+    """From one reading thread to one asynchronous caller."""
 
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.closed = False
+        self._loop = loop
+        self._items: asyncio.Queue[Any] = asyncio.Queue()
+        self._stream: ChatStream[str, ChatResult] | None = None
 
-async def _read(
-    items: asyncio.Queue[Any], cancel: threading.Event, unread: threading.Semaphore
-) -> AsyncGenerator[GeneratedToken | Generation, None]:
-    try:
-        while True:
-            item = await items.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
-            if isinstance(item, Generation):
-                return
-            unread.release()
-    finally:
-        cancel.set()
+    def follow(self, stream: ChatStream[str, ChatResult]) -> None:
+        """The stream that is cancelled when the caller goes away, also if it has gone already."""
+        self._stream = stream
+        if self.closed:
+            stream.cancel()
+
+    def post(self, item: str | ChatResult | Exception) -> None:
+        """Hands an item over; nobody waits."""
+        if not self.closed and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
+
+    async def items(self) -> Results:
+        """The items, up to the whole answer. Raises what the model raised."""
+        try:
+            while True:
+                item = await self._items.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                if not isinstance(item, str):
+                    return
+        finally:
+            self.closed = True
+            if self._stream is not None:
+                self._stream.cancel()

@@ -1,0 +1,86 @@
+"""The first look at a query: features, embedding, length in tokens, and what is excluded. Values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_reasoner.chat.messages import message_text
+from edge_reasoner.chat.model import ChatRequest
+from edge_reasoner.engine.local_model import LocalModel
+from edge_reasoner.errors import InputError
+from edge_reasoner.gate.decide import Decision, decide_before
+from edge_reasoner.gate.policy import Mode, Policy
+from edge_reasoner.gate.veto import Vetoes, vetoes
+from edge_reasoner.preprocess.features import PromptFeatures
+from edge_reasoner.preprocess.preprocessor import Preprocessor
+
+
+@dataclass(frozen=True)
+class Query:
+    """What was asked, and who may answer. `streaming`: pieces are shown as they come."""
+
+    request: ChatRequest
+    mode: Mode
+    streaming: bool
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A query after the first look.
+
+    `prompt_ids`: the chat as the local model sees it; empty where the local model is not asked or cannot take
+    it. `local_error` says why it cannot (its chat template or tokenizer refused the messages).
+    """
+
+    query: Query
+    features: PromptFeatures
+    #: float32 [dimension], L2-normalized; None without an encoder
+    embedding: NDArray[np.float32] | None
+    prompt_ids: tuple[int, ...]
+    veto: Vetoes
+    before: Decision
+    preprocess_ms: float
+    local_error: InputError | None
+
+
+def inspect(
+    query: Query, local: LocalModel, preprocessor: Preprocessor, policy: Policy, *, has_cloud: bool
+) -> Inspected:
+    """Looks at a query. Raises InputError for messages without text.
+
+    Mode "cloud" needs nothing of the local model, so its template and tokenizer are not tried then.
+    """
+    messages = query.request.messages
+    text = "\n".join(message_text(message) for message in messages)
+    looked = preprocessor.run(message_text(messages[-1]))
+    prompt_ids: tuple[int, ...] = ()
+    local_error: InputError | None = None
+    if query.mode != "cloud":
+        try:
+            prompt_ids = tuple(local.prompt_ids(messages))
+        except InputError as error:
+            # the device's trouble: the cloud may still answer
+            local_error = error
+    limit = min(query.request.context_tokens or local.context_tokens, local.context_tokens)
+    veto = vetoes(
+        text,
+        prompt_tokens=len(prompt_ids),
+        context_tokens=limit,
+        local_problem=None if local_error is None else str(local_error),
+        policy=policy,
+        mode=query.mode,
+        has_cloud=has_cloud,
+    )
+    return Inspected(
+        query=query,
+        features=looked.features,
+        embedding=looked.embedding,
+        prompt_ids=prompt_ids,
+        veto=veto,
+        before=decide_before(looked.features, policy),
+        preprocess_ms=looked.preprocess_ms,
+        local_error=local_error,
+    )

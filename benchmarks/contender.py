@@ -40,7 +40,8 @@ class EdgeContender:
         from edge_reasoner.activation.activate import activate
         from edge_reasoner.chat.params import SamplingParams
         from edge_reasoner.contract.bundle.open import open_bundle
-        from edge_reasoner.engine.generate import Engine
+        from edge_reasoner.engine.loop import Engine, EngineLimits
+        from edge_reasoner.engine.prefix import CacheLimits
         from edge_reasoner.query.assemble import open_tokenizer
 
         bundle = open_bundle(path)
@@ -49,14 +50,21 @@ class EdgeContender:
         self._model = activated.decoder
         self._cache = self._model.new_cache(min(CONTEXT_TOKENS, component.spec.context_tokens))
         tokenizer = open_tokenizer(bundle, component)
-        self._engine = Engine(self._model, self._cache, tokenizer, eos_token_ids=(), clock=time.perf_counter)
+        self._engine = Engine(
+            self._model,
+            tokenizer,
+            name=component.name,
+            eos_token_ids=(),
+            clock=time.perf_counter,
+            limits=EngineLimits(active=1, caches=CacheLimits(count=1)),
+            context_tokens=self._cache.context_tokens,
+        )
         self._params = SamplingParams
         chosen = activated.activation
         self.facts = {"variant": chosen.variant_id, "session_options": chosen.session_options}
 
     def answer(self, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
-        self._cache.rewind(0)
-        for token in self._engine.generate(prompt, self._params(max_tokens=new_tokens)):
+        for token in self._engine.submit(prompt, self._params(max_tokens=new_tokens)):
             if token.token_id is not None:
                 yield token.token_id
 

@@ -33,25 +33,29 @@ class Streams:
         """`max_waiting`: requests beyond one that is being answered; more are refused with 429."""
         self.model = model
         self._most = max_waiting + 1
-        self._open = 0
+        self._open: set[_Bridge] = set()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(self._most, thread_name_prefix="edge-reasoner-stream")
 
     def close(self) -> None:
-        """Closes the model, which ends every stream, and waits for their readers."""
-        self.model.close()
+        """Cancels what is under way, waits for its readers, and closes the model."""
+        with self._lock:
+            bridges = tuple(self._open)
+        for bridge in bridges:
+            bridge.give_up()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self.model.close()
 
     def submit(self, request: ChatRequest) -> Results:
         """Starts an answer. Raises RequestError(429) at once when there are too many.
 
         What the model raises comes from the first item. Closing the generator cancels the answer.
         """
-        with self._lock:
-            if self._open >= self._most:
-                raise too_busy("the queue is full; try again later")
-            self._open += 1
         bridge = _Bridge(asyncio.get_running_loop())
+        with self._lock:
+            if len(self._open) >= self._most:
+                raise too_busy("the queue is full; try again later")
+            self._open.add(bridge)
         self._pool.submit(self._read, request, bridge)
         return bridge.items()
 
@@ -71,7 +75,7 @@ class Streams:
             bridge.post(error)
         finally:
             with self._lock:
-                self._open -= 1
+                self._open.discard(bridge)
 
 
 class _Bridge:
@@ -94,6 +98,12 @@ class _Bridge:
         if not self.closed and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
 
+    def give_up(self) -> None:
+        """Nobody reads any more: the answer is cancelled."""
+        self.closed = True
+        if self._stream is not None:
+            self._stream.cancel()
+
     async def items(self) -> Results:
         """The items, up to the whole answer. Raises what the model raised."""
         try:
@@ -105,6 +115,4 @@ class _Bridge:
                 if not isinstance(item, str):
                     return
         finally:
-            self.closed = True
-            if self._stream is not None:
-                self._stream.cancel()
+            self.give_up()

@@ -12,8 +12,8 @@ from support.tiny_tokenizers import byte_level, wrap
 from edge_reasoner.backends.fake import FakeDecoder
 from edge_reasoner.contract.bundle.tokenizer_files import TokenizerConfig
 from edge_reasoner.contract.template.render import ChatTemplate
-from edge_reasoner.engine.generate import Engine
 from edge_reasoner.engine.local_model import LocalModel
+from edge_reasoner.engine.loop import Engine, EngineLimits
 
 TEMPLATE = (
     "{% for m in messages %}<|im_end|>{{ m.role }}:{{ m.content }}\n{% endfor %}"
@@ -22,7 +22,12 @@ TEMPLATE = (
 
 
 def scripted_model(
-    answers: Mapping[str, str], *, context_tokens: int = 512, sure: bool = True, template: bool = True
+    answers: Mapping[str, str],
+    *,
+    context_tokens: int = 512,
+    sure: bool = True,
+    template: str | None = TEMPLATE,
+    limits: EngineLimits | None = None,
 ) -> LocalModel:
     """Answers the last user message by the first key in it; anything else by silence.
 
@@ -47,10 +52,11 @@ def scripted_model(
     decoder = FakeDecoder(tokenizer.vocab_size, context_tokens, script)
     engine = Engine(
         decoder,
-        decoder.new_cache(),
         tokenizer,
+        name="tiny",
         eos_token_ids=[eos],
         clock=lambda: next(ticks) * 1e-3,
+        limits=limits,
     )
-    chat = ChatTemplate(TEMPLATE, special_tokens={}, clock=time.monotonic, now=datetime.now)
-    return LocalModel(engine, tokenizer, chat if template else None, name="tiny", bos_token_id=None)
+    chat = template and ChatTemplate(template, special_tokens={}, clock=time.monotonic, now=datetime.now)
+    return LocalModel(engine, chat or None, bos_token_id=None)

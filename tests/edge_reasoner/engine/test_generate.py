@@ -5,17 +5,21 @@ from __future__ import annotations
 import functools
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_tokenizers import byte_level, wrap
 
+from edge_reasoner.backends.base import DecoderModel
 from edge_reasoner.backends.fake import FakeDecoder
 from edge_reasoner.chat.params import SamplingParams
-from edge_reasoner.engine.generate import Engine, GeneratedToken, Generation, TokenStream
+from edge_reasoner.engine.generate import Generation, TokenPiece
+from edge_reasoner.engine.loop import Engine, TokenStream
+from edge_reasoner.engine.prefix import MIN_CHUNK_TOKENS, chunk_end
 from edge_reasoner.engine.stopping import StopMatcher
 from edge_reasoner.engine.tokens import TextTokenizer
-from edge_reasoner.errors import BackendError, ContextOverflowError, EdgeReasonerError, InputError
+from edge_reasoner.errors import BackendError, ContextOverflowError, InputError
 
 PROMPT = [50, 51, 52, 53]
 
@@ -31,34 +35,31 @@ def _eos() -> int:
     return found
 
 
-def _engine(answer: str, context_tokens: int = 256, prompt_tokens: int = len(PROMPT), **options) -> Engine:
+def _model(answer: str, context_tokens: int = 256, prompt_tokens: int = len(PROMPT)) -> FakeDecoder:
+    """Says `answer` after a prompt of `prompt_tokens`."""
     ids = [*_tokenizer().encode(answer), _eos()]
-    script = {prompt_tokens + i: token for i, token in enumerate(ids)}
-    model = FakeDecoder(_tokenizer().vocab_size, context_tokens, script)
-    clock = itertools.count().__next__
-    return Engine(
-        model,
-        model.new_cache(),
-        _tokenizer(),
-        eos_token_ids=[_eos()],
-        clock=lambda: clock() * 0.001,
-        **options,
+    return FakeDecoder(
+        _tokenizer().vocab_size, context_tokens, {prompt_tokens + i: token for i, token in enumerate(ids)}
     )
 
 
-def _drain(stream: TokenStream) -> tuple[list[GeneratedToken], Generation]:
-    tokens = []
-    while True:
-        try:
-            tokens.append(next(stream))
-        except StopIteration as end:
-            return tokens, end.value
+def _engine_of(model: DecoderModel) -> Engine:
+    clock = itertools.count().__next__
+    return Engine(model, _tokenizer(), name="fake", eos_token_ids=[_eos()], clock=lambda: clock() * 0.001)
+
+
+def _engine(answer: str, context_tokens: int = 256) -> Engine:
+    return _engine_of(_model(answer, context_tokens))
+
+
+def _drain(stream: TokenStream) -> tuple[list[TokenPiece], Generation]:
+    return list(stream), stream.result()
 
 
 def test_answer_until_eos() -> None:
     """The scripted answer comes out piece by piece and ends with reason "stop"; EOS has no text."""
-    tokens, done = _drain(_engine("größer 你好 😀").generate(PROMPT, SamplingParams()))
-    assert done.text == "".join(t.text for t in tokens) == "größer 你好 😀"
+    tokens, done = _drain(_engine("größer 你好 😀").submit(PROMPT, SamplingParams()))
+    assert done.text == "".join(tokens) == "größer 你好 😀"
     assert done.finish_reason == "stop" and done.token_ids[-1] == _eos()
     assert done.usage.prompt_tokens == 4 and done.usage.completion_tokens == len(done.token_ids)
     assert all(t.logprob > -0.01 and t.margin > 0.99 for t in tokens)
@@ -67,12 +68,12 @@ def test_answer_until_eos() -> None:
 
 def test_max_tokens_and_context() -> None:
     """max_tokens ends with "length"; a full context with "context", using every position but no more."""
-    _, done = _drain(_engine("the quick brown").generate(PROMPT, SamplingParams(max_tokens=2)))
+    _, done = _drain(_engine("the quick brown").submit(PROMPT, SamplingParams(max_tokens=2)))
     assert (done.finish_reason, len(done.token_ids)) == ("length", 2)
     engine = _engine("the quick brown fox jumps", context_tokens=9)
-    _, done = _drain(engine.generate(PROMPT, SamplingParams()))
+    _, done = _drain(engine.submit(PROMPT, SamplingParams()))
     assert (done.finish_reason, len(done.token_ids)) == ("context", 5)
-    _, done = _drain(_engine("the quick brown").generate(PROMPT, SamplingParams(), context_tokens=6))
+    _, done = _drain(_engine("the quick brown").submit(PROMPT, SamplingParams(), context_tokens=6))
     assert (done.finish_reason, len(done.token_ids)) == ("context", 2)
 
 
@@ -80,26 +81,26 @@ def test_prompt_must_fit_before_any_work() -> None:
     """A prompt that leaves no room for an answer, is empty or holds alien ids is refused untouched."""
     engine = _engine("x", context_tokens=4)
     with pytest.raises(ContextOverflowError, match="4 tokens; at most 3 fit"):
-        engine.generate(PROMPT, SamplingParams())
+        engine.submit(PROMPT, SamplingParams())
     with pytest.raises(InputError, match="empty"):
-        engine.generate([], SamplingParams())
+        engine.submit([], SamplingParams())
     with pytest.raises(InputError, match="token ids"):
-        engine.generate([10**9], SamplingParams())
+        engine.submit([10**9], SamplingParams())
 
 
 @pytest.mark.parametrize("stop", ["brown", "n f", " fox jumps", "quick brown fox jumps over"])
 def test_stop_strings_across_tokens(stop: str) -> None:
     """Text ends right before the stop string, and no part of it was ever shown."""
     answer = "the quick brown fox jumps over"
-    tokens, done = _drain(_engine(answer).generate(PROMPT, SamplingParams(stop=(stop, "never"))))
-    assert done.text == "".join(t.text for t in tokens) == answer[: answer.index(stop)]
+    tokens, done = _drain(_engine(answer).submit(PROMPT, SamplingParams(stop=(stop, "never"))))
+    assert done.text == "".join(tokens) == answer[: answer.index(stop)]
     assert done.finish_reason == "stop"
 
 
 def test_held_back_text_is_released() -> None:
     """Text that only looked like the start of a stop string is shown at the end."""
-    tokens, done = _drain(_engine("the fox").generate(PROMPT, SamplingParams(stop=("fox jumps",))))
-    assert done.text == "".join(t.text for t in tokens) == "the fox"
+    tokens, done = _drain(_engine("the fox").submit(PROMPT, SamplingParams(stop=("fox jumps",))))
+    assert done.text == "".join(tokens) == "the fox"
 
 
 @given(
@@ -122,52 +123,65 @@ def test_stop_matcher_does_not_depend_on_cuts(text: str, stop: list[str], cuts: 
         assert all(s not in shown for s in stop)
 
 
-def test_prefix_is_reused() -> None:
-    """A second turn recomputes only what follows the common prefix; the same prompt only its last token."""
-    engine = _engine("the fox")
-    model = engine._model
-    _, first = _drain(engine.generate(PROMPT, SamplingParams()))
+def test_whole_prompt_chunks_are_reused() -> None:
+    """A second turn recomputes only what follows the last whole chunk of the common prompt."""
+    prompt = [60 + i % 40 for i in range(2 * MIN_CHUNK_TOKENS + 5)]
+    model = _model("the fox", prompt_tokens=len(prompt))
+    engine = _engine_of(model)
+    _, first = _drain(engine.submit(prompt, SamplingParams()))
     fed = model.fed_tokens
-    second_prompt = [*PROMPT, *first.token_ids, 60, 61]
-    _, second = _drain(engine.generate(second_prompt, SamplingParams(max_tokens=1)))
-    assert second.usage.cached_tokens == len(PROMPT) + len(first.token_ids) - 1
+    second_prompt = [*prompt, *first.token_ids, 60, 61]
+    _, second = _drain(engine.submit(second_prompt, SamplingParams(max_tokens=1)))
+    assert second.usage.cached_tokens == 2 * MIN_CHUNK_TOKENS
     assert model.fed_tokens - fed == len(second_prompt) - second.usage.cached_tokens
-    _, again = _drain(engine.generate(PROMPT, SamplingParams()))
-    assert again.usage.cached_tokens == len(PROMPT) - 1 and again.text == "the fox"
-    _, other = _drain(engine.generate([60, *PROMPT[1:]], SamplingParams(max_tokens=1)))
+    _, again = _drain(engine.submit(prompt, SamplingParams()))
+    assert again.usage.cached_tokens == 2 * MIN_CHUNK_TOKENS and again.text == "the fox"
+    _, other = _drain(engine.submit([99, *prompt[1:]], SamplingParams(max_tokens=1)))
     assert other.usage.cached_tokens == 0
 
 
-def test_abandoned_stream_leaves_the_engine_usable() -> None:
-    """Closing a stream midway keeps cache and bookkeeping in step; a stale stream says that it ended."""
+@given(st.integers(0, 5000))
+def test_chunk_borders_depend_on_the_position_alone(position: int) -> None:
+    """Every position leads to a later border, and the same one as its neighbours before that border."""
+    border = chunk_end(position)
+    assert border > position and all(chunk_end(p) == border for p in range(position, border))
+
+
+def test_several_answers_at_once() -> None:
+    """A second question while the first answer is half read: both come out whole."""
     engine = _engine("the quick brown fox")
-    stream = engine.generate(PROMPT, SamplingParams())
-    next(stream), next(stream)
-    newer = engine.generate(PROMPT, SamplingParams())
-    next(newer)
-    with pytest.raises(EdgeReasonerError, match="newer query"):
-        next(stream)
-    newer.close()
-    assert _drain(engine.generate(PROMPT, SamplingParams()))[1].text == "the quick brown fox"
+    one = engine.submit(PROMPT, SamplingParams())
+    next(one), next(one)
+    two = engine.submit(PROMPT, SamplingParams())
+    assert two.result().text == "the quick brown fox" == one.result().text
 
 
 def test_cancellation() -> None:
-    """`cancelled` ends a generation between tokens, and a long prompt between chunks."""
-    calls = itertools.count()
+    """A stream cancelled before it is read ends with "cancelled" and what was computed until then."""
     engine = _engine("the quick brown fox")
-    _, done = _drain(engine.generate(PROMPT, SamplingParams(), cancelled=lambda: next(calls) >= 2))
-    assert done.finish_reason == "cancelled" and len(done.token_ids) == 2
-    engine = _engine("the", prefill_chunk_tokens=1)
-    calls = itertools.count()
-    tokens, done = _drain(engine.generate(PROMPT, SamplingParams(), cancelled=lambda: next(calls) >= 2))
-    assert (tokens, done.finish_reason, engine._model.fed_tokens) == ([], "cancelled", 2)
+    stream = engine.submit(PROMPT, SamplingParams())
+    next(stream)
+    stream.cancel()
+    done = stream.result()
+    assert done.finish_reason in ("cancelled", "stop") and "the quick brown fox".startswith(done.text)
+    stream = engine.submit(PROMPT, SamplingParams())
+    stream.close()
+    with pytest.raises(InputError, match="closed before its end"):
+        stream.result()
+    assert engine.submit(PROMPT, SamplingParams()).result().text == "the quick brown fox"
 
 
-def test_chunked_prefill_gives_the_same_answer() -> None:
-    """Prefill in chunks of any size gives the answer of one call."""
-    for chunk in (1, 3, 4, 100):
-        engine = _engine("the quick", prefill_chunk_tokens=chunk)
-        assert _drain(engine.generate(PROMPT, SamplingParams()))[1].text == "the quick"
+def test_hidden_states_of_prompt_and_answer() -> None:
+    """Last and mean over prompt and answer, warm or cold: the fake's state of a token is [its id, 1]."""
+    prompt = [60 + i % 40 for i in range(MIN_CHUNK_TOKENS + 5)]
+    engine = _engine_of(_model("the fox", prompt_tokens=len(prompt)))
+    for _ in range(2):
+        done = engine.submit(prompt, SamplingParams(), hidden=True).result()
+        assert done.hidden is not None and done.hidden.answer_mean is not None
+        assert done.hidden.prompt_last.tolist() == [prompt[-1], 1]
+        assert np.allclose(done.hidden.prompt_mean, [np.mean(prompt), 1])
+        assert np.allclose(done.hidden.answer_mean, [np.mean(done.token_ids[:-1]), 1])
+    assert done.usage.cached_tokens == MIN_CHUNK_TOKENS
 
 
 def test_failed_call_starts_afresh() -> None:
@@ -182,15 +196,13 @@ def test_failed_call_starts_afresh() -> None:
             return super().extend(cache, token_ids, num_logits, hidden=hidden)
 
     model = Failing(_tokenizer().vocab_size, 64, {4: _eos()})
-    cache = model.new_cache()
-    engine = Engine(model, cache, _tokenizer(), eos_token_ids=[_eos()], clock=lambda: 0.0)
-    _drain(engine.generate(PROMPT, SamplingParams()))
+    engine = _engine_of(model)
+    engine.submit(PROMPT, SamplingParams()).result()
     model.fail = True
     with pytest.raises(BackendError):
-        _drain(engine.generate([*PROMPT, 9], SamplingParams()))
+        engine.submit([*PROMPT, 9], SamplingParams()).result()
     model.fail = False
-    cache.rewind(1)
-    _, done = _drain(engine.generate(PROMPT, SamplingParams()))
+    done = engine.submit(PROMPT, SamplingParams()).result()
     assert (done.finish_reason, done.usage.cached_tokens) == ("stop", 0)
 
 
@@ -198,9 +210,8 @@ def test_seeded_sampling_is_repeatable() -> None:
     """Uniform logits at temperature 1: the seed decides the answer."""
 
     def answer(seed: int) -> tuple[int, ...]:
-        model = FakeDecoder(_tokenizer().vocab_size, 64)
-        engine = Engine(model, model.new_cache(), _tokenizer(), eos_token_ids=[_eos()], clock=lambda: 0.0)
+        engine = _engine_of(FakeDecoder(_tokenizer().vocab_size, 64))
         params = SamplingParams(temperature=1.0, seed=seed, max_tokens=12)
-        return _drain(engine.generate(PROMPT, params))[1].token_ids
+        return _drain(engine.submit(PROMPT, params))[1].token_ids
 
     assert answer(1) == answer(1) != answer(2)

@@ -13,9 +13,9 @@ import openai
 import pytest
 from support.local_models import scripted_model
 
+from edge_reasoner.chat.model import Cancellation, PulledStream
 from edge_reasoner.client import InferenceClient
-from edge_reasoner.engine.generate import GeneratedToken
-from edge_reasoner.engine.local_model import LocalModel
+from edge_reasoner.cloud.base import CloudResult
 from edge_reasoner.errors import BackendError, CloudError, InputError
 from edge_reasoner.server.protocol import MAX_REQUEST_BYTES
 from edge_reasoner.server.reference import ReferenceModel, serve, serving
@@ -25,23 +25,32 @@ ASK = [{"role": "user", "content": "What is the capital?"}]
 BODY = {"model": "tiny", "messages": ASK, "temperature": 0}
 
 
-class SlowModel(ReferenceModel):
-    """A tenth of a second per token, without end; counts what runs, and fails on demand."""
+class SlowModel:
+    """A twentieth of a second per piece, without end; counts what runs, and fails on demand."""
 
-    def __init__(self, local: LocalModel) -> None:
-        super().__init__(local, "slow")
+    name, context_tokens = "slow", 256
+
+    def __init__(self) -> None:
         self.started = self.ended = 0
 
-    def generate(self, prompt, params, *, cancelled, context_tokens=None):
+    def submit(self, request):
+        cancellation = Cancellation()
+        return PulledStream(self._pieces(request, cancellation), cancellation)
+
+    def _pieces(self, request, cancellation):
         self.started += 1
         try:
-            while not cancelled():
+            while not cancellation.wanted:
                 time.sleep(0.05)
-                yield GeneratedToken(1, "x ")
-                if prompt == "fail":
+                yield "x "
+                if request.text == "fail":
                     raise BackendError("secret details")
+            return CloudResult("", None, "slow", "cancelled", None)
         finally:
             self.ended += 1
+
+    def close(self):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +235,7 @@ def _wait(condition, seconds: float = 5.0) -> bool:
 @pytest.mark.parametrize("stream", [True, False])
 def test_disconnect_cancels(stream: bool) -> None:
     """A client that goes away ends its generation: the model is free again within a moment."""
-    model = SlowModel(scripted_model(ANSWERS))
+    model = SlowModel()
     with serving(model) as base:
         body = json.dumps({**BODY, "model": "slow", "stream": stream}).encode()
         port = int(base.rsplit(":", 1)[1].removesuffix("/v1"))
@@ -241,7 +250,7 @@ def test_disconnect_cancels(stream: bool) -> None:
 
 def test_full_queue_is_429() -> None:
     """Beyond the running job and the allowed waiting ones, requests get 429 with Retry-After."""
-    model = SlowModel(scripted_model(ANSWERS))
+    model = SlowModel()
     with serving(model, max_waiting=1) as base:
         body = {**BODY, "model": "slow", "stream": True}
         replies: list[int] = []
@@ -254,28 +263,31 @@ def test_full_queue_is_429() -> None:
                 next(chunks)
                 done.wait(20)
 
-        def refused() -> bool:
-            # before the second holder has arrived this request would itself wait: it gives up, and asks again
-            try:
-                reply = httpx.post(f"{base}/chat/completions", json=body, timeout=0.5)
-            except httpx.TimeoutException:
-                return False
-            return reply.status_code == 429 and int(reply.headers["retry-after"]) > 0
-
         threads = [threading.Thread(target=hold) for _ in range(2)]
-        threads[0].start()
-        assert _wait(lambda: model.started == 1)
-        threads[1].start()
-        assert _wait(refused, 15)
-        done.set()
-        [t.join(20) for t in threads]
-        # a polling request may have taken the second holder's place
-        assert replies[0] == 200 and set(replies) <= {200, 429}
+        [thread.start() for thread in threads]
+        try:
+            assert _wait(lambda: model.started == 2, 20)
+            reply = httpx.post(f"{base}/chat/completions", json=body, timeout=10)
+            assert reply.status_code == 429 and int(reply.headers["retry-after"]) > 0
+        finally:
+            done.set()
+            [thread.join(20) for thread in threads]
+        assert replies == [200, 200]
+
+
+def test_closing_ends_what_is_under_way() -> None:
+    """A service that is shut down cancels its answers; none keeps the process alive."""
+    model = SlowModel()
+    with serving(model) as base:
+        body = {**BODY, "model": "slow", "stream": True}
+        with httpx.stream("POST", f"{base}/chat/completions", json=body, timeout=20) as reply:
+            next(reply.iter_bytes())
+    assert _wait(lambda: model.started == model.ended == 1)
 
 
 def test_model_failure_is_500_without_details() -> None:
     """A backend failure is a 500, or an error event in mid-stream; the client learns no details."""
-    model = SlowModel(scripted_model(ANSWERS))
+    model = SlowModel()
     with serving(model) as base:
         body = {"model": "slow", "prompt": "fail"}
         reply = httpx.post(f"{base}/completions", json=body)

@@ -117,7 +117,9 @@ class Reasoner:
             threads=threads or default_threads(),
             cache_dir=Path(cache_dir) if cache_dir is not None else default_cache_dir(environment),
         )
-        local, activation = open_local_model(opened, machine, context_tokens=context_tokens)
+        local, activation = open_local_model(
+            opened, machine, context_tokens=context_tokens, has_cloud=client is not None
+        )
         return cls(
             local,
             open_preprocessor(opened, machine),

@@ -9,13 +9,17 @@ from edge_reasoner.chat.model import ChatRequest
 from edge_reasoner.contract.template.render import ChatTemplate, Message
 from edge_reasoner.engine.loop import Engine, TokenStream
 from edge_reasoner.engine.tokens import TextTokenizer
+from edge_reasoner.errors import TemplateError
 
 
 class LocalModel:
     """One model on this device: a `ChatModel`. Thread-safe."""
 
-    def __init__(self, engine: Engine, template: ChatTemplate | None, *, bos_token_id: int | None) -> None:
-        """`template` None: a base model, which continues the raw prompt after `bos_token_id` (if any)."""
+    def __init__(
+        self, engine: Engine, template: ChatTemplate | TemplateError | None, *, bos_token_id: int | None
+    ) -> None:
+        """`template` None: a base model, which continues the raw prompt after `bos_token_id` (if any); an
+        error: why chats cannot be read, raised by each of them."""
         self._engine = engine
         self._template = template
         self._bos = [] if bos_token_id is None else [bos_token_id]
@@ -37,6 +41,8 @@ class LocalModel:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat, ready to be answered. Raises InputError, TemplateError."""
+        if isinstance(self._template, TemplateError):
+            raise TemplateError(str(self._template)) from self._template
         if self._template is None:
             return self.raw_ids("\n".join(message_text(message) for message in messages))
         return self.tokenizer.encode(self._template.render(messages))

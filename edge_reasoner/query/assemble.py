@@ -58,14 +58,25 @@ def open_local_model(
     *,
     kind: ComponentKind = "reasoner",
     context_tokens: int | None = None,
+    has_cloud: bool = False,
 ) -> tuple[LocalModel, Activation]:
-    """Opens a decoder component. Raises BundleError, TemplateError and what `activate` raises."""
+    """Opens a decoder component. Raises BundleError, TemplateError and what `activate` raises.
+
+    With `has_cloud` a template that cannot be used is no error yet: it excludes the local model from each
+    chat.
+    """
     component = bundle.component(kind)
     spec = component.spec
     if not isinstance(spec, DecoderSpec):
         raise BundleError(f"{bundle.root}: component {kind!r} is not a decoder")
     tokenizer = open_tokenizer(bundle, component)
-    template = _open_template(bundle, component, tokenizer.config, machine)
+    template: ChatTemplate | TemplateError | None
+    try:
+        template = _open_template(bundle, component, tokenizer.config, machine)
+    except TemplateError as error:
+        if not has_cloud:
+            raise
+        template = error
     activated = activate(bundle, kind, threads=machine.threads, cache_dir=machine.cache_dir)
     engine = Engine(
         activated.decoder,

@@ -15,7 +15,6 @@ from edge_reasoner.engine.generate import Generation, TokenPiece
 from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.errors import (
     BackendError,
-    CloudError,
     ContextOverflowError,
     EdgeReasonerError,
     InputError,
@@ -30,8 +29,8 @@ from edge_reasoner.query.meter import Meter
 
 Pieces = Generator[Piece, None, Answer]
 
-#: what another tier may fail with; the device then answers itself
-_TIER_ERRORS = (CloudError, ContextOverflowError, OverloadedError, BackendError)
+#: the local model's own failures: where nothing was shown yet, the cloud answers
+_LOCAL_FAILURES = (BackendError, OverloadedError)
 #: where nobody counted and the local tokenizer cannot: characters of a token, about
 _CHARS_PER_TOKEN = 4
 
@@ -125,7 +124,15 @@ class Router:
         if looked.before.route == "cloud":
             return (yield from self._cloud_else_local(way, looked.before, None))
         # 3. The local model tries; the gate judges its first tokens and its whole answer.
-        outcome = yield from self._try_local(way, gated=True)
+        shown: list[str] = []
+        try:
+            outcome = yield from self._try_local(way, gated=True, shown=shown)
+        except _LOCAL_FAILURES as error:
+            if any(shown):
+                raise
+            failed = forced("cloud", (f"the local model failed: {error}",), looked.before)
+            yield Piece("", "handover")
+            return (yield from self._cloud_else_local(way, failed, None))
         if not outcome.hand_over:
             return self._local_answer(way, outcome, "local", None)
         # 4. Not good enough: the cloud, with what the local model made as the fallback.
@@ -164,7 +171,8 @@ class Router:
         shown: list[str] = []
         try:
             result = yield from self._ask_cloud(way, self._cloud, shown)
-        except _TIER_ERRORS as error:
+        except EdgeReasonerError as error:
+            # whatever it is (another tier may fail in any way): the device answers itself
             note = f"the cloud failed ({error}); answered on the device"
             if way.looked.veto.against_local:
                 why = "; ".join(way.looked.veto.against_local)
@@ -182,12 +190,16 @@ class Router:
             fallback, decision = outcome.generation, forced("cloud", decision.reasons, outcome.decision)
         return self._local_answer(way, LocalOutcome(fallback, decision, False), "degraded", note, spent)
 
-    def _try_local(self, way: _Way, *, gated: bool) -> Generator[Piece, None, LocalOutcome]:
-        """Generates locally. While `gated` nothing is yielded before the gate has committed to local.
+    def _try_local(
+        self, way: _Way, *, gated: bool, shown: list[str] | None = None
+    ) -> Generator[Piece, None, LocalOutcome]:
+        """Generates locally; what is yielded is kept in `shown`. While `gated` nothing is yielded before
+        the gate has committed to local.
 
         A stream commits after `policy.early_tokens`; a whole answer is judged again at its end.
         """
         judged, held, committed = _Judged(), list[str](), not gated
+        shown = [] if shown is None else shown
         features, streaming = way.looked.features, way.looked.query.streaming
         stream = self.local.submit_ids(way.looked.prompt_ids, way.request)
         way.cancellation.follow(stream)
@@ -205,6 +217,7 @@ class Router:
                     if committed:
                         text, held = "".join(held), []
                         if text:
+                            shown.append(text)
                             yield Piece(text, "local")
                 generation = stream.result()
             finally:

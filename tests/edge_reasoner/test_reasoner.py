@@ -16,8 +16,15 @@ from support.local_models import scripted_model
 from edge_reasoner.chat.model import ChatModel
 from edge_reasoner.cloud import connect
 from edge_reasoner.cloud.base import CloudLimits, CloudOptions, CloudPrice
+from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.engine.prefix import MIN_CHUNK_TOKENS
-from edge_reasoner.errors import CloudUnavailableError, ContextOverflowError, InputError, TemplateError
+from edge_reasoner.errors import (
+    BackendError,
+    CloudUnavailableError,
+    ContextOverflowError,
+    InputError,
+    TemplateError,
+)
 from edge_reasoner.gate.policy import Policy
 from edge_reasoner.preprocess.preprocessor import Preprocessor
 from edge_reasoner.reasoner import Reasoner
@@ -244,6 +251,20 @@ def test_a_template_that_fails_leaves_the_cloud() -> None:
         assert (answer.source, answer.text) == ("cloud", "from above")
         assert any("only images" in reason for reason in answer.decision.reasons)
         assert reasoner.ask(EASY, mode="cloud").text == "from above"
+
+
+def test_a_local_failure_leaves_the_cloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that fails before anything was shown hands over; alone, or in mode local, it is an error."""
+
+    def fail(self, *arguments, **options):
+        raise BackendError("out of memory")
+
+    monkeypatch.setattr(LocalModel, "submit_ids", fail)
+    with hostile_cloud(send(GOOD)) as server, _reasoner(server.url) as reasoner:
+        answer = reasoner.ask(EASY)
+        assert answer.source == "cloud" and any("out of memory" in r for r in answer.decision.reasons)
+        with pytest.raises(BackendError, match="out of memory"):
+            reasoner.ask(EASY, mode="local")
 
 
 def test_tiers_nest() -> None:

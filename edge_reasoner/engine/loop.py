@@ -184,7 +184,7 @@ class Engine:
         context_tokens: int | None = None,
     ) -> None:
         """`clock` returns monotonic seconds; `eos_token_ids` end an answer and are not part of its text.
-        `context_tokens` None: the model's own.
+        `context_tokens` None: the model's own. Raises InputError for a context that the model cannot have.
         `kv_bytes_per_token`: of one cache, for `limits.caches.bytes`. The engine closes `model`."""
         self.name = name
         self.tokenizer = tokenizer
@@ -192,7 +192,11 @@ class Engine:
         self._model = model
         self._clock = clock
         self._pid = os.getpid()
-        self._context_tokens = min(context_tokens or model.context_tokens, model.context_tokens)
+        self._context_tokens = model.context_tokens if context_tokens is None else context_tokens
+        if not 1 <= self._context_tokens <= model.context_tokens:
+            raise InputError(
+                f"context_tokens={context_tokens}: 1 to {model.context_tokens} are possible with this model"
+            )
         pool = CachePool(model, self.limits.caches, kv_bytes_per_token, self._context_tokens)
         # The loop does not know the engine, so that an engine which nobody holds can end it.
         self._loop = _Loop(Decoder(model, tokenizer, name, frozenset(eos_token_ids)), pool, self.limits)

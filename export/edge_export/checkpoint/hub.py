@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
+from edge_reasoner.errors import CheckpointError
+from edge_reasoner.machine.quiet import silence_telemetry
+
+silence_telemetry(os.environ)  # the library reads it while it is imported: no later place is early enough
+from huggingface_hub import snapshot_download  # noqa: E402
+from huggingface_hub.errors import (  # noqa: E402
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-
-from edge_reasoner.errors import CheckpointError
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB_ID = re.compile(rf"({_PART}/{_PART})(?:/([A-Za-z0-9._/-]+\.gguf))?")

@@ -89,7 +89,7 @@ def test_nothing_is_written_outside_the_cache_and_nobody_is_asked(tmp_path):
         if name != ".cache" and not f"{name}/".startswith(".cache/edge_reasoner/")
     ]
     assert outside == []
-    assert json.loads(found["ran"][0]["out"])["source"] == "local"
+    assert json.loads(found["ran"][0]["out"])["source"] in ("local", "degraded")
 
 
 def test_the_trap_catches(tmp_path):

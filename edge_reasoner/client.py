@@ -56,7 +56,8 @@ class InferenceClient:
         model_name: str | None = None,
         endpoint: str | os.PathLike[str] | None = None,
     ) -> None:
-        """`endpoint` is a URL (http://…/v1) or a bundle directory; without it, `model_name` is the directory.
+        """`endpoint` is a URL (http://…/v1) or a bundle (a directory or a `.tar`); without
+        it, `model_name` is that path.
 
         `api_key` None takes OPENAI_API_KEY from the environment; neither is used for a bundle. Raises
         InputError.
@@ -67,9 +68,7 @@ class InferenceClient:
         self._bundle: Path | None = None
         place = endpoint if endpoint is not None else model_name
         if place is None:
-            raise InputError(
-                "InferenceClient: give an endpoint (a URL or a bundle directory) or a model_name"
-            )
+            raise InputError("InferenceClient: give an endpoint (a URL or a bundle) or a model_name")
         if isinstance(place, str) and "://" in place:
             environment = os.environ if api_key is None else {**os.environ, _KEY_NAME: api_key}
             key_env = "OPENAI_API_KEY" if api_key is None else _KEY_NAME
@@ -78,7 +77,8 @@ class InferenceClient:
             self._bundle = Path(place)
         else:
             raise InputError(
-                f"InferenceClient: {str(place)!r} is neither a URL (http://…/v1) nor a bundle directory"
+                f"InferenceClient: {str(place)!r} is neither a URL (http://…/v1) nor a bundle"
+                " (a directory or a .tar)"
             )
 
     def infer(self, prompt: str, parameters: Mapping[str, Any] | None = None) -> InferenceResult:

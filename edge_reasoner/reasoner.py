@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from edge_reasoner.activation.opening import open_bundle_at
 from edge_reasoner.activation.store import Activation
 from edge_reasoner.chat.messages import as_messages
 from edge_reasoner.chat.model import (
@@ -25,7 +26,7 @@ from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.cloud import DEFAULT_PROTOCOL, connect
 from edge_reasoner.cloud.base import CloudLimits, CloudOptions, CloudPrice
 from edge_reasoner.contract.bundle.manifest import Manifest
-from edge_reasoner.contract.bundle.open import Bundle, open_bundle
+from edge_reasoner.contract.bundle.open import Bundle
 from edge_reasoner.contract.template.render import Message
 from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.errors import InputError
@@ -95,8 +96,9 @@ class Reasoner:
         cache_dir: str | os.PathLike[str] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> Reasoner:
-        """Opens a bundle. `cloud` is the URL of an endpoint that speaks `protocol`, or any `ChatModel`
-        (another Reasoner: tiers nest), which is closed with this one.
+        """Opens a bundle: a directory, or a `.tar` (unpacked into the cache). `cloud` is the URL of an
+        endpoint that speaks `protocol`, or any `ChatModel` (another Reasoner: tiers nest), which is closed
+        with this one.
 
         The first opening on a machine runs the bundle's self-test (seconds to a minute); the choice is kept
         in `cache_dir`. Nothing is sent to the cloud yet. `environment` (default: the process's) holds the API
@@ -112,11 +114,11 @@ class Reasoner:
             limits = cloud_limits or CloudLimits()
             options = CloudOptions(cloud, cloud_model, api_key_env, environment, limits, price)
             client = connect(options, protocol)
-        opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         machine = Machine(
             threads=threads or default_threads(),
             cache_dir=Path(cache_dir) if cache_dir is not None else default_cache_dir(environment),
         )
+        opened = bundle if isinstance(bundle, Bundle) else open_bundle_at(bundle, machine.cache_dir)
         local, activation = open_local_model(
             opened, machine, context_tokens=context_tokens, has_cloud=client is not None
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edge_reasoner.cli.options import bundle_argument, open_machine, threads_option
+from edge_reasoner.cli.options import bundle_argument, open_bundle_given, open_machine, threads_option
 from edge_reasoner.cli.output import error_console, json_option, plain, print_json
 from edge_reasoner.errors import InputError
 
@@ -47,13 +47,12 @@ def bench(
     """Measure BUNDLE on this machine: medians over --repeat runs of random prompts."""
     from edge_reasoner.bench.bench import BenchOptions
     from edge_reasoner.bench.bench import bench as measure
-    from edge_reasoner.contract.bundle.open import open_bundle
 
     if seed < 0:
         raise InputError(f"--seed: {seed} is not allowed; give 0 or more")
     options = BenchOptions(prompt_tokens, new_tokens, repeat, concurrency, seed)
     machine = open_machine(threads)
-    opened = open_bundle(bundle)
+    opened = open_bundle_given(bundle, machine)
     console = error_console()
     with console.status("measuring …") as status:
         report = measure(

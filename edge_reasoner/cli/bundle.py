@@ -1,15 +1,16 @@
-"""`edge-reasoner bundle inspect | verify`: what a bundle holds, and whether it is what it says."""
+"""`edge-reasoner bundle`: what a bundle holds, whether it is what it says, and its way into one file."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_reasoner.cli.options import bundle_argument, open_machine, threads_option
-from edge_reasoner.cli.output import json_option, plain, print_json, waiting
+from edge_reasoner.cli.options import bundle_argument, open_bundle_given, open_machine, threads_option
+from edge_reasoner.cli.output import json_option, note, plain, print_json, waiting
 from edge_reasoner.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _component_option = click.option("--component", metavar="KIND", help="Only this 
 
 @click.group()
 def bundle() -> None:
-    """Look into a bundle."""
+    """Look into a bundle, check it, pack it."""
 
 
 @bundle.command()
@@ -30,9 +31,8 @@ def bundle() -> None:
 @json_option
 def inspect(bundle: str, component: str | None, as_json: bool) -> None:
     """Show what BUNDLE's manifest says. File hashes are not computed: see verify."""
-    from edge_reasoner.contract.bundle.open import open_bundle
 
-    opened = open_bundle(bundle, verify="sizes")
+    opened = open_bundle_given(bundle, open_machine(None), "sizes")
     document = _document(opened, component)
     if as_json:
         print_json(document)
@@ -51,12 +51,11 @@ def verify(bundle: str, component: str | None, no_run: bool, threads: int | None
 
     Exit status 2 if the bundle is corrupt, 3 if this machine does not reproduce the golden vectors.
     """
-    from edge_reasoner.contract.bundle.open import open_bundle
 
     start_s = time.monotonic()
     machine = open_machine(threads)
     with waiting("verifying …"):
-        opened = open_bundle(bundle)
+        opened = open_bundle_given(bundle, machine)
         if component is not None:
             opened.component(component)
         checks = [] if no_run else _run_golden(opened, machine, component)
@@ -77,6 +76,43 @@ def verify(bundle: str, component: str | None, no_run: bool, threads: int | None
         _show_verified(document)
     if problem is not None:
         raise VerificationError(f"{bundle}: {problem}")
+
+
+@bundle.command()
+@click.argument("bundle", metavar="DIR", type=click.Path())
+@click.argument("target", metavar="OUT.tar", type=click.Path())
+@json_option
+def pack(bundle: str, target: str, as_json: bool) -> None:
+    """Verify the bundle DIR and write it as one uncompressed OUT.tar, which every command takes."""
+    from edge_reasoner.contract.bundle.open import open_bundle
+    from edge_reasoner.contract.bundle.tar import pack_bundle
+
+    with waiting("packing …"):
+        opened = open_bundle(bundle)
+        path = pack_bundle(opened, target)
+    _report_moved(path, opened, path.stat().st_size, as_json)
+
+
+@bundle.command()
+@click.argument("archive", metavar="BUNDLE.tar", type=click.Path())
+@click.argument("target", metavar="DIR", type=click.Path())
+@json_option
+def unpack(archive: str, target: str, as_json: bool) -> None:
+    """Unpack BUNDLE.tar to the new folder DIR and verify it."""
+    from edge_reasoner.contract.bundle.tar import unpack_bundle_to
+
+    with waiting("unpacking …"):
+        opened = unpack_bundle_to(archive, target)
+    _report_moved(Path(target), opened, sum(entry.size_bytes for entry in opened.manifest.entries), as_json)
+
+
+def _report_moved(path: Path, opened: Bundle, size_bytes: int, as_json: bool) -> None:
+    files = len(opened.manifest.entries)
+    if as_json:
+        identity = {"path": str(path), "bundle_id": opened.manifest.bundle_id}
+        print_json({**identity, "files": files, "size_bytes": size_bytes})
+    else:
+        note(f"{path}: {files} files, {size_bytes / 1e6:.1f} MB, verified")
 
 
 def _run_golden(opened: Bundle, machine: Machine, kind: str | None) -> list[dict[str, Any]]:

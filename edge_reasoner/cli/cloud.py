@@ -30,8 +30,9 @@ def cloud(
     threads: int | None,
     context_tokens: int | None,
 ) -> None:
-    """Serve MODEL (a bundle, a .gguf file or a Hugging Face directory) to `--cloud` and any OpenAI client.
+    """Serve MODEL to `--cloud` and any OpenAI client.
 
+    MODEL is a bundle (directory or .tar), a .gguf file or a Hugging Face directory.
     A checkpoint is first exported in fp32, once. Prints `listening on http://HOST:PORT/v1` on standard error
     when it answers; Ctrl-C ends it.
     """

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_reasoner.cli.options import open_machine, threads_option
+from edge_reasoner.cli.options import open_bundle_given, open_machine, threads_option
 from edge_reasoner.cli.output import json_option, plain, print_json, waiting
 from edge_reasoner.errors import BackendError, VerificationError
 
@@ -31,12 +31,11 @@ def doctor(bundle: str | None, threads: int | None, retest: bool, as_json: bool)
     import msgspec
 
     from edge_reasoner.bench.doctor import library_versions, machine_facts, warnings_of
-    from edge_reasoner.contract.bundle.open import open_bundle
     from edge_reasoner.machine.isa import native_import_is_safe
     from edge_reasoner.machine.state import read_state
 
     machine = open_machine(threads)
-    opened = None if bundle is None else open_bundle(bundle)
+    opened = None if bundle is None else open_bundle_given(bundle, machine)
     with waiting("examining …"):
         probe, state = native_import_is_safe(), read_state()
         facts = machine_facts(state, machine.threads)

@@ -12,6 +12,7 @@ from edge_reasoner.cli.options import (
     bundle_argument,
     cloud_options,
     mode_option,
+    open_bundle_given,
     open_machine,
     open_reasoner,
     threads_option,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from edge_reasoner.bench.questions import Question
     from edge_reasoner.chat.params import SamplingParams
     from edge_reasoner.contract.bundle.open import Bundle
+    from edge_reasoner.query.assemble import Machine
 
 
 @click.command("eval")
@@ -68,16 +70,16 @@ def evaluate(
     from edge_reasoner.bench.eval import summarize
     from edge_reasoner.bench.questions import read_questions
     from edge_reasoner.chat.params import SamplingParams
-    from edge_reasoner.contract.bundle.open import open_bundle
 
     if limit is not None and limit < 1:
         raise InputError(f"--limit: {limit} is not allowed; give 1 or more")
     params = SamplingParams(max_tokens=max_tokens)
     questions = read_questions(data, metric=metric, limit=limit)
+    machine = open_machine(options["threads"])
     start_s = time.monotonic()
     with waiting(f"checking {bundle} …"):
-        opened = open_bundle(bundle)
-    results = _results(opened, questions, mode, params, options)
+        opened = open_bundle_given(bundle, machine)
+    results = _results(opened, machine, questions, mode, params, options)
     document = {
         **summarize(results),
         "mode": mode,
@@ -93,12 +95,16 @@ def evaluate(
 
 
 def _results(
-    opened: Bundle, questions: list[Question], mode: str, params: SamplingParams, options: dict[str, Any]
+    opened: Bundle,
+    machine: Machine,
+    questions: list[Question],
+    mode: str,
+    params: SamplingParams,
+    options: dict[str, Any],
 ) -> list[Result]:
     """Scored choices first, then generated answers: one session at a time."""
     from edge_reasoner.bench.eval import ask_questions, score_choices
 
-    machine = open_machine(options["threads"])
     scored = [question for question in questions if question.choices and mode == "local"]
     asked = [question for question in questions if not (question.choices and mode == "local")]
     results: list[Result] = []

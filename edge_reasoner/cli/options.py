@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
@@ -119,6 +119,13 @@ def open_reasoner(bundle: str | Bundle, *, mode: str, options: dict[str, Any]) -
             threads=options.get("threads"),
             context_tokens=options.get("context_tokens"),
         )
+
+
+def open_bundle_given(bundle: str, machine: Machine, verify: Literal["full", "sizes"] = "full") -> Bundle:
+    """The bundle that a command names, a directory or a .tar. Raises BundleError."""
+    from edge_reasoner.activation.opening import open_bundle_at
+
+    return open_bundle_at(bundle, machine.cache_dir, verify)
 
 
 def open_machine(threads: int | None) -> Machine:

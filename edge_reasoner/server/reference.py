@@ -11,8 +11,9 @@ from pathlib import Path
 
 import uvicorn
 
+from edge_reasoner.activation.opening import open_bundle_at
 from edge_reasoner.chat.model import ChatModel, ChatRequest, ChatResult, ChatStream
-from edge_reasoner.contract.bundle.open import Bundle, open_bundle
+from edge_reasoner.contract.bundle.open import Bundle
 from edge_reasoner.errors import InputError
 from edge_reasoner.machine.cache_dir import default_cache_dir
 from edge_reasoner.query.assemble import Machine, default_threads, open_local_model
@@ -41,12 +42,12 @@ class ReferenceModel:
         cache_dir: str | os.PathLike[str] | None = None,
         name: str | None = None,
     ) -> ReferenceModel:
-        """Opens a bundle's reasoner. Raises what `open_bundle` and `open_local_model` raise."""
+        """Opens a bundle's reasoner. Raises what `open_bundle_at` and `open_local_model` raise."""
         machine = Machine(
             threads=threads or default_threads(),
             cache_dir=Path(cache_dir) if cache_dir is not None else default_cache_dir(os.environ),
         )
-        opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+        opened = bundle if isinstance(bundle, Bundle) else open_bundle_at(bundle, machine.cache_dir)
         local, _ = open_local_model(opened, machine, context_tokens=context_tokens)
         return cls(local, name)
 

@@ -33,16 +33,18 @@ def reference_bundle(
     say: Callable[[str], None],
     find: Callable[[], Exporter] | None = None,
 ) -> Path:
-    """The bundle directory to serve for `model`: itself, or a cached or new fp32 export of a checkpoint.
+    """The bundle (a directory or a .tar) to serve for `model`: itself, or a cached or new fp32 export.
 
     `say` is told before the slow steps. Raises InputError: no such path, no exporter, no cache to export
     into; and what the exporter raises.
     """
     path = Path(model)
-    if (path / MANIFEST_NAME).is_file():
+    if (path / MANIFEST_NAME).is_file() or (path.is_file() and path.suffix == ".tar"):
         return path
     if not path.exists():
-        raise InputError(f"{model}: no such bundle directory, .gguf file or Hugging Face directory")
+        raise InputError(
+            f"{model}: no such bundle (a directory or a .tar), .gguf file or Hugging Face directory"
+        )
     if cache_dir is None:
         raise InputError(
             f"{model}: no cache folder to export it into; set EDGE_REASONER_CACHE, or give a bundle directory"

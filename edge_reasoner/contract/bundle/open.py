@@ -131,7 +131,7 @@ def _root(path: Path) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise BundleError(f"{path}: no such bundle directory") from error
     if not root.is_dir():
-        hint = "; unpack the .tar first (edge_reasoner.contract.bundle.tar)" if path.suffix == ".tar" else ""
+        hint = "; unpack the .tar first (edge-reasoner bundle unpack)" if path.suffix == ".tar" else ""
         raise BundleError(f"{path}: not a bundle directory{hint}")
     return root
 

@@ -11,10 +11,10 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 from edge_reasoner.contract.bundle.manifest import (
     MANIFEST_NAME,
@@ -24,52 +24,69 @@ from edge_reasoner.contract.bundle.manifest import (
     check_relative_path,
     parse_manifest,
 )
-from edge_reasoner.contract.bundle.open import SIGNATURE_NAME, Bundle, Progress, open_bundle
+from edge_reasoner.contract.bundle.open import SIGNATURE_NAME, Bundle, open_bundle
 from edge_reasoner.errors import BundleError
+from edge_reasoner.files import write_atomically
+
+#: how folders begin that an interrupted unpacking may leave behind
+STAGING_PREFIX = ".unpack-"
 
 _CHUNK_BYTES = 1 << 20
 _MAX_SIGNATURE_BYTES = 64 * 1024
+_FOLDER_MODE = 0o755
+#: how compressed archives begin
+_COMPRESSED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
+
+
+def pack_bundle(bundle: Bundle, archive: str | os.PathLike[str]) -> Path:
+    """Writes a verified bundle as an uncompressed `.tar`, in one step and with the same bytes every time.
+
+    The manifest comes first. Raises BundleError: `archive` exists, lies inside the bundle or cannot be
+    written, or a file changed since the bundle was opened.
+    """
+    path = Path(archive)
+    if os.path.lexists(path):
+        raise BundleError(f"{path}: exists already; remove it or give another name")
+    try:
+        if path.parent.resolve().is_relative_to(bundle.root):
+            raise BundleError(f"{path}: lies inside the bundle itself; give a place outside of it")
+        write_atomically(path, _archive(bundle))
+    except OSError as error:
+        raise BundleError(f"{error.filename or path}: {error.strerror or error}") from error
+    return path
+
+
+def unpack_bundle_to(archive: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Bundle:
+    """Unpacks a bundle `.tar` to `folder`, which appears in one step, whole and verified.
+
+    Raises BundleError: no plain bundle archive, or `folder` exists (an empty one is taken) or cannot be made;
+    nothing stays behind then.
+    """
+    path, target = Path(archive), Path(folder)
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise BundleError(f"{target}: exists already; remove it or give another name")
+    with _opened(path) as tar:
+        members, _ = _checked(tar, path)
+        with _staged(tar, members, path, target.parent) as staging:
+            staging.chmod(_FOLDER_MODE)
+            _written(staging.replace, target)
+    return open_bundle(target, "sizes")  # unpacking has just hashed everything
 
 
 def unpack_bundle(archive: str | os.PathLike[str], cache_dir: Path) -> Path:
     """Unpacks a bundle `.tar` to `cache_dir/bundles/<bundle_id>` and returns that folder, fully verified.
 
-    A bundle that is already there is verified again and reused. Raises BundleError for anything that is not a
-    plain bundle archive; nothing stays behind then.
+    A bundle that is already there is verified again and reused; one that was damaged there is replaced.
+    Raises BundleError for anything that is not a plain bundle archive; nothing stays behind then.
     """
     path = Path(archive)
     with _opened(path) as tar:
-        members = _members(tar, path)
-        if MANIFEST_NAME not in members:
-            raise BundleError(f"{path}: holds no {MANIFEST_NAME}")
-        manifest = parse_manifest(_read(tar, members[MANIFEST_NAME], MAX_MANIFEST_BYTES, path))
-        _check_members(members, manifest, path)
-        target = cache_dir / "bundles" / manifest.bundle_id
-        if target.is_dir():
-            return open_bundle(target).root
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".unpack-", dir=target.parent))
-        try:
-            for name, member in members.items():
-                _extract(tar, member, staging / name, path)
-            open_bundle(staging)
-            _rename(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        members, bundle_id = _checked(tar, path)
+        target = cache_dir / "bundles" / bundle_id
+        if not _is_bundle(target, bundle_id):
+            with _staged(tar, members, path, target.parent) as staging:
+                _move(staging, target, bundle_id)
     return target
-
-
-def open_bundle_or_tar(
-    path: str | os.PathLike[str],
-    cache_dir: Path,
-    verify: Literal["full", "sizes"] = "full",
-    *,
-    progress: Progress | None = None,
-) -> Bundle:
-    """`open_bundle` for a directory; a `.tar` is unpacked to `cache_dir` first. Raises BundleError."""
-    if Path(path).is_file():
-        return open_bundle(unpack_bundle(path, cache_dir), "sizes")  # unpacking has just hashed everything
-    return open_bundle(path, verify, progress=progress)
 
 
 class _BoundedReader:
@@ -98,6 +115,11 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     """The archive, uncompressed only; every way in which tarfile fails becomes one BundleError."""
     try:
         with path.open("rb") as file:
+            for magic, name in _COMPRESSED:
+                if file.peek(8).startswith(magic):
+                    raise BundleError(
+                        f"{path}: not a readable .tar: compressed with {name}; decompress it first"
+                    )
             reader: Any = _BoundedReader(file, path)
             with tarfile.TarFile.open(fileobj=reader, mode="r:") as tar:
                 yield tar
@@ -155,19 +177,88 @@ def _chunks(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> Iterat
         yield chunk
 
 
+def _checked(tar: tarfile.TarFile, path: Path) -> tuple[dict[str, tarfile.TarInfo], str]:
+    """The archive's files, which are what its manifest lists, and the bundle's id."""
+    members = _members(tar, path)
+    if MANIFEST_NAME not in members:
+        raise BundleError(f"{path}: holds no {MANIFEST_NAME}")
+    manifest = parse_manifest(_read(tar, members[MANIFEST_NAME], MAX_MANIFEST_BYTES, path))
+    _check_members(members, manifest, path)
+    return members, manifest.bundle_id
+
+
+@contextmanager
+def _staged(
+    tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], path: Path, parent: Path
+) -> Iterator[Path]:
+    """A folder in `parent` with the verified bundle; what is left of it afterwards is removed."""
+
+    def make() -> Path:
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=parent))
+
+    staging = _written(make)
+    try:
+        for name, member in members.items():
+            _extract(tar, member, staging / name, path)
+        open_bundle(staging)
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, path: Path) -> None:
     """Writes the content only: owner, mode and times of the archive are not taken over."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("xb") as out:
+    _written(target.parent.mkdir, parents=True, exist_ok=True)
+    with _written(target.open, "xb") as out:
         for chunk in _chunks(tar, member, path):
-            out.write(chunk)
+            _written(out.write, chunk)
 
 
-def _rename(staging: Path, target: Path) -> None:
+def _written(write: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Calls what writes; a full disk or a missing right is named with the place, not with the archive."""
+    try:
+        return write(*arguments, **options)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise BundleError(f"{where}cannot be unpacked: {error.strerror or error}") from error
+
+
+def _is_bundle(folder: Path, bundle_id: str) -> bool:
+    """Whether that very bundle is there, unharmed."""
+    try:
+        return folder.is_dir() and open_bundle(folder).manifest.bundle_id == bundle_id
+    except BundleError:
+        return False
+
+
+def _move(staging: Path, target: Path, bundle_id: str) -> None:
+    """Puts the folder in its place. Where another process was first, its copy counts if it is sound."""
     try:
         staging.replace(target)
     except OSError:
-        # another process unpacked the same bundle first: its copy counts, once verified
-        if not target.is_dir():
-            raise
-        open_bundle(target)
+        if _is_bundle(target, bundle_id):
+            return
+        shutil.rmtree(target, ignore_errors=True)
+        _written(staging.replace, target)
+
+
+def _archive(bundle: Bundle) -> Iterator[bytes]:
+    """The bytes of the archive: no owner, no times, the manifest first."""
+    sizes = {entry.path: entry.size_bytes for entry in bundle.manifest.entries}
+    for name in (MANIFEST_NAME, SIGNATURE_NAME):
+        if (bundle.root / name).is_file():
+            sizes = {name: (bundle.root / name).stat().st_size, **sizes}
+    for name in sorted(sizes, key=lambda name: (name != MANIFEST_NAME, name)):
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = sizes[name], 0o644
+        yield info.tobuf(tarfile.GNU_FORMAT)
+        with (bundle.root / name).open("rb") as file:
+            left_bytes = info.size
+            while chunk := file.read(_CHUNK_BYTES):
+                left_bytes -= len(chunk)
+                yield chunk
+            if left_bytes:
+                raise BundleError(f"{bundle.root / name}: its size changed while it was packed")
+        yield bytes(-info.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)

@@ -12,6 +12,8 @@ import httpx
 import pytest
 from support.answering_bundle import write_answering_bundle
 
+from edge_reasoner.client import InferenceClient
+
 VERIFY_KEYS = {"path", "bundle_id", "ok", "files", "size_bytes", "golden", "seconds"}
 DOCTOR_KEYS = {"machine", "versions", "import_probe", "bundle", "cache_dir", "warnings"}
 
@@ -44,6 +46,29 @@ def test_inspect(run, answering_bundle) -> None:
     assert [component["kind"] for component in part["components"]] == ["preprocessor"]
     assert "no component 'draft'" in run("bundle", "inspect", answering_bundle, "--component", "draft").err
     assert "reasoner" in run("bundle", "inspect", answering_bundle).out
+
+
+def test_tar(run, answering_bundle, tmp_path) -> None:
+    """A packed bundle is taken wherever a directory is, answers the same, and unpacks to the same files."""
+    archive, again = tmp_path / "my.bundle.tar", tmp_path / "again"
+    packed = json.loads(run("bundle", "pack", answering_bundle, archive, "--json").out)
+    assert packed["size_bytes"] == archive.stat().st_size and packed["files"] == 12
+    assert run("bundle", "unpack", archive, again).status == 0
+    assert {path.relative_to(again) for path in again.rglob("*")} == {
+        path.relative_to(answering_bundle) for path in answering_bundle.rglob("*")
+    }
+    assert "exists already" in run("bundle", "pack", answering_bundle, archive).fails_in_one_line(2)
+    answers = [run("ask", place, "hi", "--max-tokens", 4).out for place in (answering_bundle, archive)]
+    assert answers[0] == answers[1] != ""
+    with InferenceClient(endpoint=archive) as client:
+        reply = client.infer("hi", {"max_tokens": 4})
+    assert f"{reply.choices[0].text}\n" == answers[0]
+    inspected = json.loads(run("bundle", "inspect", archive, "--json").out)
+    assert inspected["bundle_id"] == packed["bundle_id"]
+    assert json.loads(run("bundle", "verify", archive, "--json").out)["ok"] is True
+    assert run("doctor", archive).status == 0
+    archive.write_bytes(archive.read_bytes()[:2000])
+    run("ask", archive, "hi").fails_in_one_line(2)
 
 
 def test_verify(run, answering_bundle, corrupt_bundle, wrong_bundle) -> None:

@@ -16,7 +16,7 @@ from support.tiny_bundle import TOKENS, decoder_golden, relist, reseal, write_bu
 
 from edge_reasoner.contract.bundle.onnx_scan import scan_graph
 from edge_reasoner.contract.bundle.open import open_bundle
-from edge_reasoner.contract.bundle.tar import open_bundle_or_tar, unpack_bundle
+from edge_reasoner.contract.bundle.tar import unpack_bundle
 from edge_reasoner.errors import BundleError
 
 
@@ -341,17 +341,16 @@ def member(name, data=b"", **attributes):
 
 
 def test_tar_unpacks_once(root, tmp_path):
-    """A sound tar is unpacked under its bundle id, verified, and reused; a damaged copy is found."""
+    """A sound tar is unpacked under its bundle id, verified, and reused; a damaged copy is replaced."""
     archive = pack(root, tmp_path / "b.tar")
     target = unpack_bundle(archive, tmp_path / "cache")
     bundle = open_bundle(target)
     assert target.name == bundle.manifest.bundle_id
     assert unpack_bundle(archive, tmp_path / "cache") == target
-    assert open_bundle_or_tar(archive, tmp_path / "cache") == bundle
-    assert open_bundle_or_tar(root, tmp_path / "cache").manifest == bundle.manifest
     assert [p.name for p in target.parent.iterdir()] == [target.name]
     (target / "golden/reasoner.json").write_text("x")
-    refused(unpack_bundle, archive, tmp_path / "cache")
+    assert unpack_bundle(archive, tmp_path / "cache") == target and open_bundle(target) == bundle
+    assert [p.name for p in target.parent.iterdir()] == [target.name]
 
 
 BAD_MEMBERS = {

@@ -11,8 +11,8 @@ import pytest
 from edge_reasoner import Reasoner
 
 KEYS = {
-    "text", "thinking", "source", "model", "confidence", "decision", "usage", "timings", "cost", "finish_reason",
-    "note",
+    "text", "thinking", "source", "model", "confidence", "decision", "usage", "timings", "cost",
+    "finish_reason", "note",
 }  # fmt: skip
 NESTED = {
     "decision": {"route", "score", "threshold", "reasons", "features", "calibrated"},

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 KEYS = {
-    "text", "thinking", "source", "model", "confidence", "decision", "usage", "timings", "cost", "finish_reason",
-    "note",
+    "text", "thinking", "source", "model", "confidence", "decision", "usage", "timings", "cost",
+    "finish_reason", "note",
 }  # fmt: skip
 DEAD = "http://127.0.0.1:9/v1"
 

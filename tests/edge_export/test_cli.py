@@ -171,7 +171,7 @@ def test_models_that_cannot_be_used(make, words, tmp_path, capfd):
         ((*BOARD, "--out", "/proc/edge-export-test"), "/proc/edge-export-test"),
         ((*BOARD, "--out", "no/such/folder"), "does not exist"),
         ((*BOARD, "--calibration", "missing.txt"), "missing.txt: cannot be read"),
-        ((*BOARD, "--calibration", "binary.txt"), "binary.txt: not UTF-8 text"),
+        ((*BOARD, "--calibration", "binary.txt"), "binary.txt: not UTF-8 at byte"),
         ((*BOARD, "--calibration", "empty.txt"), "empty.txt: no text in it"),
         ((*BOARD, "--calibration", "bad.jsonl"), "bad.jsonl, line 2: not JSON"),
         ((*BOARD, "--calibration", "fields.jsonl"), "fields.jsonl, line 1: needs one of the text fields"),

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from edge_export.checkpoint.json_file import decode_text
 from edge_reasoner.errors import InputError
+from edge_reasoner.files import decode_text, read_bytes
 
 _SEPARATOR = "\n-----\n"
 _MAX_TEXT_BYTES = 256 * 1024 * 1024
@@ -55,13 +55,8 @@ def read_text_set(path: Path) -> TextSet:
     A JSONL row is a string, or an object whose text fields (`text`, or `question`/`query`/`prompt` followed
     by `answer`) are joined by a newline. Raises InputError naming file and line.
     """
-    try:
-        if path.stat().st_size > _MAX_TEXT_BYTES:
-            raise InputError(f"{path}: larger than {_MAX_TEXT_BYTES} bytes")
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    text = decode_text(data, path, InputError).replace("\r\n", "\n")
+    data = read_bytes(path, _MAX_TEXT_BYTES)
+    text = decode_text(data, str(path)).replace("\r\n", "\n")
     documents = tuple(_jsonl(text, path) if path.suffix == ".jsonl" else text.strip().split(_SEPARATOR))
     if not any(document.strip() for document in documents):
         raise InputError(f"{path}: no text in it")

@@ -72,5 +72,5 @@ def test_utf16_is_named(tmp_path):
     """A file that is needed and is UTF-16 says so."""
     write_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text(), encoding="utf-16")
-    with pytest.raises(CheckpointError, match=r"config\.json: is UTF-16 text; save it as UTF-8"):
+    with pytest.raises(CheckpointError, match=r"config\.json: UTF-16 text, UTF-8 is needed"):
         load_checkpoint(tmp_path)

@@ -219,8 +219,8 @@ def test_unigram_sentencepiece_is_refused(tmp_path):
 
 BAD_FILES = {
     "empty": (b"", "not a usable tokenizer"),
-    "UTF-16": (b"\xff\xfe{\x00", "is UTF-16 text; save it as UTF-8"),
-    "not UTF-8": (b"\xff{}", "not UTF-8 text"),
+    "UTF-16": (b"\xff\xfe{\x00", "UTF-16 text, UTF-8 is needed"),
+    "not UTF-8": (b"\xff{}", "not UTF-8 at byte 0"),
     "nested": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not a usable tokenizer"),
     "no model": (b'{"version":"1.0"}', "not a usable tokenizer"),
     "empty vocabulary": (

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 
 from edge_reasoner.chat.model import Cancellation, ChatRequest, PulledStream
+from edge_reasoner.chat.thinking import Split, ThinkingSplitter
 from edge_reasoner.cloud.answer import AnswerUnderWay
 from edge_reasoner.cloud.base import CloudOptions, CloudResult, CloudStream
 from edge_reasoner.cloud.dialect import MAX_REPAIRS, Dialect, encode, request_body
@@ -101,16 +102,16 @@ class OpenAIModel:
             late=lambda: self._late(answer),
             cancellation=cancellation,
         )
-        texts: list[str] = []
+        splitter = ThinkingSplitter()
         try:
             while True:
                 try:
-                    text = next(source)
+                    text = splitter.push(next(source))
                 except StopIteration as end:
-                    result: CloudResult = end.value or answer.cancelled()
-                    return replace(result, text="".join(texts))
+                    if rest := splitter.finish():
+                        yield rest
+                    return _split(end.value or answer.cancelled(), splitter.split())
                 if text:
-                    texts.append(text)
                     yield text
         except CloudError as error:
             failed = scrubbed(error, self._transport.redactor)
@@ -239,3 +240,10 @@ class OpenAIModel:
         if self._clock() + wait_s >= end_s:
             raise failed.error from failed
         self._sleep(wait_s)
+
+
+def _split(result: CloudResult, split: Split) -> CloudResult:
+    """The result with its thinking apart from its answer: from markers in the text, and from fields beside
+    it."""
+    thoughts = "\n\n".join(filter(None, (result.thinking, split.thinking)))
+    return replace(result, text=split.answer, thinking=thoughts or None)

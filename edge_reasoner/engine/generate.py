@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edge_reasoner.backends.base import DecoderModel, Step
 from edge_reasoner.chat.model import FinishReason, Usage
 from edge_reasoner.chat.params import SamplingParams
+from edge_reasoner.chat.thinking import Split, ThinkingSplitter, is_marker
 from edge_reasoner.engine.prefix import CachedSequence, HiddenMark, chunk_end
 from edge_reasoner.engine.sampling import choose
 from edge_reasoner.engine.stopping import StopMatcher
@@ -28,15 +29,17 @@ class TokenPiece(str):
     """One token of an answer: prints as its text, which may be empty, or that of several tokens that became
     final together. The statistics are of the model's own distribution, before sampling (natural logarithms).
 
-    The last piece may carry text without a token (`token_id` None): what was held back.
+    The last piece may carry text without a token (`token_id` None): what was held back. `thinking`: the token
+    belongs to what a reasoning model writes before its answer; its text is not shown.
     """
 
     token_id: int | None
     logprob: float
     margin: float
     entropy: float
+    thinking: bool
 
-    __slots__ = ("entropy", "logprob", "margin", "token_id")
+    __slots__ = ("entropy", "logprob", "margin", "thinking", "token_id")
 
     def __new__(
         cls,
@@ -45,6 +48,7 @@ class TokenPiece(str):
         logprob: float = 0.0,
         margin: float = 0.0,
         entropy: float = 0.0,
+        thinking: bool = False,
     ) -> TokenPiece:
         """Makes a piece of `text`."""
         piece = super().__new__(cls, text)
@@ -52,6 +56,7 @@ class TokenPiece(str):
         piece.logprob = logprob
         piece.margin = margin
         piece.entropy = entropy
+        piece.thinking = thinking
         return piece
 
 
@@ -107,6 +112,8 @@ class DecodeRequest:
     params: SamplingParams
     limit_tokens: int
     hidden: bool = False
+    #: the end of the prompt as text, where the answer may begin with thinking; None: a raw text goes on
+    prompt_tail: str | None = None
 
     @property
     def budget_tokens(self) -> int:
@@ -180,6 +187,7 @@ class Decoding:
         self._watch = watch
         self._answer: list[int] = []
         self._shown: list[str] = []
+        self._splitter = None if request.prompt_tail is None else ThinkingSplitter(request.prompt_tail)
         self._answer_sum: Hidden | None = None
         self._answer_last: Hidden | None = None
 
@@ -189,7 +197,9 @@ class Decoding:
         watch, budget = self._watch, request.budget_tokens
         finish: FinishReason = "length" if budget == params.max_tokens else "context"
         rng = np.random.default_rng(params.seed)
-        text, stopper = IncrementalDecoder(self._decoder.tokenizer), StopMatcher(params.stop)
+        shows = None if self._splitter is None else is_marker
+        text = IncrementalDecoder(self._decoder.tokenizer, shows=shows)
+        stopper = StopMatcher(params.stop)
         watch.resume()
         queue_s = watch.queue_s = watch.elapsed_s()
         reused = len(self._sequence.tokens)
@@ -212,9 +222,12 @@ class Decoding:
             if choice.token_id in self._decoder.eos_token_ids:
                 finish = "stop"
                 break
-            shown = stopper.push(text.push(choice.token_id))
-            self._shown.append(shown)
-            listener.show(TokenPiece(shown, choice.token_id, choice.logprob, choice.margin, choice.entropy))
+            shown, thinking = self._split(stopper.push(text.push(choice.token_id)))
+            listener.show(
+                TokenPiece(
+                    shown, choice.token_id, choice.logprob, choice.margin, choice.entropy, thinking=thinking
+                )
+            )
             if stopper.stopped or len(self._answer) == budget:
                 break
             yield from self._others()
@@ -223,8 +236,8 @@ class Decoding:
         else:
             finish = "cancelled"
         # 3. Finish: release what was held back for a longer token or a stop string that never came.
-        if rest := stopper.push(text.flush()) + stopper.flush():
-            self._shown.append(rest)
+        rest, _ = self._split(stopper.push(text.flush()) + stopper.flush(), last=True)
+        if rest:
             listener.show(TokenPiece(rest))
         watch.pause()
         timings = DecodeTimings(
@@ -236,6 +249,18 @@ class Decoding:
             decode_tps=_rate(len(self._answer) - 1, watch.busy_s - prefill_s),
         )
         self.generation = self._whole("stop" if stopper.stopped else finish, reused, timings)
+
+    def _split(self, text: str, *, last: bool = False) -> tuple[str, bool]:
+        """The part of `text` that is answer, and whether thinking went on or ended in it."""
+        if self._splitter is None:
+            self._shown.append(text)
+            return text, False
+        blocks, inside = self._splitter.blocks, self._splitter.in_thinking
+        shown = self._splitter.push(text)
+        thinking = inside or self._splitter.in_thinking or self._splitter.blocks > blocks
+        if last:
+            shown += self._splitter.finish()
+        return shown, thinking
 
     def _others(self) -> Iterator[None]:
         self._watch.pause()
@@ -277,9 +302,10 @@ class Decoding:
         return step
 
     def _whole(self, finish: FinishReason, reused: int, timings: DecodeTimings) -> Generation:
+        split = Split("".join(self._shown), None) if self._splitter is None else self._splitter.split()
         return Generation(
-            text="".join(self._shown),
-            thinking=None,
+            text=split.answer,
+            thinking=split.thinking,
             model=self._decoder.model_name,
             token_ids=tuple(self._answer),
             finish_reason=finish,

@@ -63,7 +63,11 @@ class LocalModel:
     def submit_ids(self, prompt_ids: Sequence[int], request: ChatRequest) -> TokenStream:
         """Like `submit`, for a caller that has the request's token ids already."""
         return self._engine.submit(
-            prompt_ids, request.params, context_tokens=request.context_tokens, hidden=request.hidden
+            prompt_ids,
+            request.params,
+            context_tokens=request.context_tokens,
+            hidden=request.hidden,
+            chat=request.text is None,
         )
 
     def close(self) -> None:

@@ -36,6 +36,8 @@ from edge_reasoner.errors import BackendError, ContextOverflowError, InputError,
 
 #: how long the end of the process waits for the model call under way
 _EXIT_WAIT_S = 10.0
+#: tokens of a prompt's end that show whether its template opened a block of thinking
+_TAIL_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -219,9 +221,10 @@ class Engine:
         *,
         context_tokens: int | None = None,
         hidden: bool = False,
+        chat: bool = False,
     ) -> TokenStream:
         """Starts an answer to `prompt_ids`. `context_tokens` lowers the model's own limit; `hidden` asks for
-        the hidden states.
+        the hidden states; `chat` tells thinking and answer apart.
 
         Raises InputError, ContextOverflowError, OverloadedError (the queue is full) and BackendError (closed)
         at once, before any work.
@@ -238,7 +241,8 @@ class Engine:
             )
         _check_process(self._pid)
         watch = Stopwatch(self._clock, self._clock())
-        job = _Job(DecodeRequest(prompt, params, limit, hidden), watch)
+        tail = self.tokenizer.decode(prompt[-_TAIL_TOKENS:], skip_special=False) if chat else None
+        job = _Job(DecodeRequest(prompt, params, limit, hidden, tail), watch)
         self._loop.submit(job)
         return TokenStream(job, self, self._pid)
 

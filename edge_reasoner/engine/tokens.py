@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -78,6 +78,11 @@ class TextTokenizer:
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
+    def spelling(self, token_id: int) -> str:
+        """The token as the vocabulary writes it; "" for an id that has none."""
+        found: str | None = self._tokenizer.id_to_token(token_id)
+        return found or ""
+
     def is_byte(self, token_id: int) -> bool:
         """Whether this is a byte-fallback token, whose text depends on its neighbours."""
         return token_id in self._byte_ids
@@ -106,14 +111,19 @@ class IncrementalDecoder:
     end.
     """
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer, *, shows: Callable[[str], bool] | None = None) -> None:
+        """`shows`: which special tokens, by their spelling, are text all the same; None: none."""
         self._tokenizer = tokenizer
+        self._shows = shows
         self._window: list[int] = []
         self._shown_tokens = 0  # how many of the window's tokens are context whose text was returned
 
     def push(self, token_id: int) -> str:
         """Adds one token and returns the text that is now final (often empty)."""
         if self._tokenizer.is_special(token_id):
+            spelling = self._tokenizer.spelling(token_id)
+            if self._shows is not None and self._shows(spelling):
+                return self.flush() + spelling
             return ""  # as if it were not there: it does not even end a run of byte tokens
         self._window.append(token_id)
         if self._tokenizer.is_byte(token_id):

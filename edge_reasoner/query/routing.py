@@ -15,6 +15,7 @@ from edge_reasoner.engine.generate import Generation, TokenPiece
 from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.errors import (
     BackendError,
+    CloudProtocolError,
     ContextOverflowError,
     EdgeReasonerError,
     InputError,
@@ -67,8 +68,8 @@ class _Judged:
     entropies: list[float] = field(default_factory=list)
 
     def add(self, piece: TokenPiece) -> bool:
-        """Whether the piece was a token (and not text that was held back)."""
-        if piece.token_id is None:
+        """Whether the piece was a token of the answer (not of thinking, nor text that was held back)."""
+        if piece.token_id is None or piece.thinking:
             return False
         self.token_ids.append(piece.token_id)
         self.logprobs.append(piece.logprob)
@@ -171,6 +172,8 @@ class Router:
         shown: list[str] = []
         try:
             result = yield from self._ask_cloud(way, self._cloud, shown)
+            if not result.text.strip() and result.thinking:
+                raise CloudProtocolError("its answer ended within its thinking")
         except EdgeReasonerError as error:
             # whatever it is (another tier may fail in any way): the device answers itself
             note = f"the cloud failed ({error}); answered on the device"

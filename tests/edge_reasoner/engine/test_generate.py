@@ -215,3 +215,16 @@ def test_seeded_sampling_is_repeatable() -> None:
         return _drain(engine.submit(PROMPT, params))[1].token_ids
 
     assert answer(1) == answer(1) != answer(2)
+
+
+def test_thinking_is_told_apart() -> None:
+    """In a chat what stands in a block is not shown, and its tokens say so; a raw text goes on as it is."""
+    raw = "<think>why</think>so"
+    engine = _engine(raw)
+    pieces, done = _drain(engine.submit(PROMPT, SamplingParams(), chat=True))
+    assert (done.text, done.thinking, "".join(pieces)) == ("so", "why", "so")
+    assert any(piece.thinking for piece in pieces) and not pieces[-1].thinking
+    assert engine.submit(PROMPT, SamplingParams()).result().text == raw
+    unclosed = SamplingParams(max_tokens=len(_tokenizer().encode("<think>wh")))
+    done = engine.submit(PROMPT, unclosed, chat=True).result()
+    assert done.text == "" and done.thinking

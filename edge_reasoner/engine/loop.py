@@ -279,14 +279,21 @@ class _Loop:
                     f"{self._limits.active} requests are being answered and {self._limits.waiting} wait"
                     " already; try again later"
                 )
+            if self._thread is None:
+                self._thread = self._started()
             self._waiting.append(job)
             self._unfinished += 1
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="edge-reasoner-engine", daemon=True)
-                # a daemon thread inside native code would bring the interpreter down at its end
-                atexit.register(self._at_exit)
-                self._thread.start()
             self._changed.notify_all()
+
+    def _started(self) -> threading.Thread:
+        thread = threading.Thread(target=self._run, name="edge-reasoner-engine", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise BackendError(f"no thread for the model's work could be started: {error}") from error
+        # a daemon thread inside native code would bring the interpreter down at its end
+        atexit.register(self._at_exit)
+        return thread
 
     def stop(self) -> None:
         """Asks the thread to end. Never waits: the garbage collector may call it, in any thread."""

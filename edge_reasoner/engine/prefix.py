@@ -138,7 +138,7 @@ class CachePool:
         if best is None or best.busy or 2 * reuse < len(best.tokens):
             if self._make_room(total_tokens, best, new=True):
                 worth = best is not None and reuse * _TOKENS_COPIED_PER_TOKEN_SAVED >= len(best.tokens)
-                made = best.fork(reuse) if best is not None and worth else self._new()
+                made = self._made(best if worth else None, reuse)
                 self._sequences.append(made)
                 return _lend(made, total_tokens)
             if best is None or best.busy:
@@ -165,17 +165,24 @@ class CachePool:
         while self._sequences:
             self.drop(self._sequences[-1])
 
-    def _new(self) -> CachedSequence:
-        try:
+    def _made(self, origin: CachedSequence | None, length_tokens: int) -> CachedSequence:
+        """A fork of `origin`, or an empty one. Raises BackendError."""
+
+        def make() -> CachedSequence:
+            if origin is not None:
+                return origin.fork(length_tokens)
             return CachedSequence(self._model.new_cache(self._context_tokens))
+
+        try:
+            return make()
         except BackendError:
             # no memory: what is kept for later goes first
-            free = [sequence for sequence in self._sequences if not sequence.busy]
+            free = [sequence for sequence in self._sequences if not sequence.busy and sequence is not origin]
             if not free:
                 raise
             for sequence in free:
                 self.drop(sequence)
-            return CachedSequence(self._model.new_cache(self._context_tokens))
+            return make()
 
     def _best(self, prompt: Sequence[int], hidden: bool) -> tuple[CachedSequence | None, int]:
         """The sequence with most to reuse, if any has something; of equals a free one, then the shortest."""
@@ -188,22 +195,36 @@ class CachePool:
         return best, best_key[0]
 
     def _make_room(self, total_tokens: int, kept: CachedSequence | None, *, new: bool) -> bool:
-        """Drops free caches, longest unused first, until the answer fits; `kept` is not dropped.
+        """Drops free caches, longest unused first, until the answer fits; none if it cannot. `kept` stays.
 
         With nothing in use it always fits, if need be beyond the limit: `kept` is then the only other.
         """
-        while True:
-            others = [s for s in self._sequences if new or s is not kept]
-            tokens = sum(s.held_tokens for s in others)
-            tokens += total_tokens if new or kept is None else max(total_tokens, kept.held_tokens)
-            fits_bytes = self._limits.bytes is None or tokens * self._bytes_per_token <= self._limits.bytes
-            if fits_bytes and len(others) < self._limits.count:
-                return True
-            free = [s for s in self._sequences if not s.busy and s is not kept]
-            if not free:
-                alone = not any(s.busy for s in self._sequences)
-                return alone and (not new or kept is None)
-            self.drop(min(free, key=lambda s: s.used_at))
+        busy = [s for s in self._sequences if s.busy and s is not kept]
+        free = sorted(
+            (s for s in self._sequences if not s.busy and s is not kept),
+            key=lambda s: s.used_at,
+            reverse=True,
+        )
+        staying = busy if kept is None else [*busy, kept]
+        if not self._fits(staying, total_tokens, None if new else kept):
+            if any(s.busy for s in staying) or (new and kept is not None):
+                return False
+            for sequence in free:
+                self.drop(sequence)
+            return True
+        while not self._fits([*staying, *free], total_tokens, None if new else kept):
+            self.drop(free.pop())
+        return True
+
+    def _fits(
+        self, sequences: Sequence[CachedSequence], total_tokens: int, reused: CachedSequence | None
+    ) -> bool:
+        """Whether an answer of `total_tokens` fits beside these, in `reused` or a cache of its own."""
+        others = [s for s in sequences if s is not reused]
+        tokens = sum(s.held_tokens for s in others)
+        tokens += total_tokens if reused is None else max(total_tokens, reused.held_tokens)
+        fits_bytes = self._limits.bytes is None or tokens * self._bytes_per_token <= self._limits.bytes
+        return fits_bytes and len(others) < self._limits.count
 
 
 def _lend(sequence: CachedSequence, total_tokens: int) -> CachedSequence:

@@ -64,6 +64,7 @@ class WatchedModel:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Inside, every call stops at its beginning until `step` or the end."""
+        self._arrived, self._allowed = threading.Semaphore(0), threading.Semaphore(0)
         self._open = False
         try:
             yield

@@ -203,10 +203,10 @@ def test_a_failure_is_one_request_s_alone() -> None:
 
 
 def test_no_memory_for_a_cache_is_one_request_s_alone() -> None:
-    """A cache that cannot be made fails its request; what is kept for later is given up first."""
+    """A cache that cannot be made fails its request; the next one is served."""
 
     class Small(FakeDecoder):
-        room, refuse = 3, False
+        refuse = False
 
         def new_cache(self, context_tokens=None):
             if self.refuse:
@@ -241,7 +241,7 @@ def test_alien_logits_are_an_error_of_the_answer() -> None:
 
 
 def test_closing_fails_what_is_unfinished() -> None:
-    """Running and queued requests end with a clear error, finished ones keep their answers, new are refused."""
+    """Running and queued requests end with a clear error; finished ones keep their answers."""
     model = echo()
     engine = engine_of(model, ONE_AT_A_TIME)
     with _closing(engine, model):
@@ -362,7 +362,7 @@ def test_a_request_waits_for_room_and_is_not_overtaken() -> None:
     assert owners.index(C) > owners.index(B)
 
 
-def test_unread_threads_of_many_readers() -> None:
+def test_many_readers() -> None:
     """Sixteen threads, each with its own question, on four places: everybody gets the own answer."""
     model = echo()
     results: dict[int, Generation] = {}
@@ -378,7 +378,7 @@ def test_unread_threads_of_many_readers() -> None:
 
 
 def test_waiting_is_told() -> None:
-    """`queue_s` grows while a request waits, and is in its timings afterwards; its own work is counted apart."""
+    """`queue_s` grows while a request waits and is in its timings; its own work is counted apart."""
     model = echo()
     with _closing(engine_of(model, ONE_AT_A_TIME), model) as engine:
         with model.held():
@@ -393,7 +393,7 @@ def test_waiting_is_told() -> None:
 
 
 def test_a_closed_stream_has_no_result() -> None:
-    """`close` twice, reading on and `result` afterwards: no pieces, and a clear error; a whole one keeps its."""
+    """After `close` there are no pieces and no result; a whole answer keeps its."""
     model = echo()
     with _closing(engine_of(model), model) as engine:
         stream = engine.submit([A], _asks(50))

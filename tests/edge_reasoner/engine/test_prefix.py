@@ -234,7 +234,7 @@ def test_no_answer_depends_on_what_was_cached(rounds, count: int, kept_bytes: in
 @settings(deadline=None, max_examples=30)
 @given(prompts=st.lists(PROMPTS, min_size=1, max_size=8))
 def test_chunks_depend_on_the_position_alone(prompts) -> None:
-    """Whatever was reused, the tokens of a prompt are fed in the same calls: that makes answers bit-identical."""
+    """Whatever was reused, a prompt's tokens are fed in the same calls: answers are the same, bit for bit."""
     model = _model(256)
     calls: dict[tuple[int, ...], int] = {}
     with _pool(model) as engine:

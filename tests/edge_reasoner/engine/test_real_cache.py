@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_a_conversation_is_cold_at_every_turn(cold, warm) -> None:
 
 
 def test_interleaved_and_forked_is_cold(cold, open_model) -> None:
-    """Answers that take turns on one model, one of them forked from the other under way, are the cold ones."""
+    """Answers that take turns on one model, some forked from one under way, are the cold ones."""
     asked = [
         ([*SHARED, 1, 2], DRAWN),
         ([*SHARED, 9], GREEDY),
@@ -113,7 +114,7 @@ def test_interleaved_and_forked_is_cold(cold, open_model) -> None:
     assert [done.usage.cached_tokens for _, done in answers] == [0, 256, 32, 128]
     assert model.caches == 1, "the others are forks"
     owners = [id(cache) for cache, _ in model.fed]
-    changes = sum(one != other for one, other in zip(owners, owners[1:], strict=False))
+    changes = sum(one != other for one, other in itertools.pairwise(owners))
     assert changes > 60, "they took turns"
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from edge_reasoner.activation.activate import Activated, activate
@@ -30,6 +31,7 @@ from edge_reasoner.contract.bundle.open import Bundle, open_bundle
 from edge_reasoner.engine.loop import Engine, EngineLimits
 from edge_reasoner.engine.prefix import CacheLimits
 from edge_reasoner.errors import BackendError, BundleError, InputError
+from edge_reasoner.machine.allowance import allowance
 from edge_reasoner.query.assemble import DEFAULT_CONTEXT_TOKENS, Machine, open_tokenizer
 
 MAX_REPEATS = 1000
@@ -102,13 +104,14 @@ def bench(
     finally:
         activated.model.close()
     advance("memory bandwidth")
-    read_gbps = machine_gbps()
+    read_gbps, allowed = machine_gbps(), allowance()
     return {
         "load_ms": load_ms,
         "cold_first_token_ms": cold_ms,
         "peak_rss_mb": peak_bytes / 1e6,
         "machine_gbps": read_gbps,
         "threads": machine.threads,
+        "allowance": msgspec.to_builtins(allowed) | {"reason": allowed.reason()},
         **_speed(bundle, activated.activation.variant_id, spec, options, runs),
         "session_options": activated.activation.session_options,
         "runtime": activated.activation.machine.runtime,

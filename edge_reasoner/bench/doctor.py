@@ -20,11 +20,13 @@ from edge_reasoner.contract.bundle.open import Bundle
 from edge_reasoner.contract.profile.load import load_profile
 from edge_reasoner.errors import CheckFailedError, ProfileError
 from edge_reasoner.machine.isa import ImportProbe, isa_features
+from edge_reasoner.machine.memory import available_bytes, total_bytes
 from edge_reasoner.machine.state import MachineState, installed_onnxruntime
 from edge_reasoner.machine.sysfs import read_text
 from edge_reasoner.query.assemble import Machine
 
 HOT_CELSIUS = 80.0
+_SLOW_CLOCK_SHARE = 0.95
 _LIBRARIES = ("numpy", "tokenizers", "httpx", "jinja2", "msgspec", "click", "rich", "starlette", "uvicorn")
 _SLOW_GOVERNORS = ("powersave", "conservative")
 
@@ -56,7 +58,6 @@ class KernelCheck:
 
 def machine_facts(state: MachineState, threads: int, root: Path = Path("/")) -> dict[str, Any]:
     """Architecture, CPU, memory, temperature …; None where the machine does not tell."""
-    total, available = _memory_bytes(root)
     cpuinfo = read_text(root / "proc/cpuinfo", limit_bytes=1 << 20) or ""
     model = re.search(r"^model name[ \t]*:[ \t]*(.{1,200})$", cpuinfo, flags=re.MULTILINE)
     return {
@@ -66,12 +67,14 @@ def machine_facts(state: MachineState, threads: int, root: Path = Path("/")) -> 
         "isa": sorted(isa_features()),
         "cores": os.cpu_count(),
         "threads": threads,
-        "memory_bytes": total,
-        "available_bytes": available,
+        "memory_bytes": total_bytes(root),
+        "available_bytes": available_bytes(root),
         "temperature_c": state.temperature_c,
         "temperature_zone": state.temperature_zone,
         "governor": state.governor,
         "power_mode": state.power_mode,
+        "clock_share": state.clock_share,
+        "on_battery": state.on_battery,
         "throttling": None if state.throttling is None else list(state.throttling),
     }
 
@@ -118,6 +121,12 @@ def warnings_of(
         found.append(f"{state.temperature_zone} is at {state.temperature_c:.0f} °C: expect throttling")
     if state.governor in _SLOW_GOVERNORS:
         found.append(f"the CPU governor is {state.governor}; performance or schedutil answers faster")
+    if state.clock_share is not None and state.clock_share < _SLOW_CLOCK_SHARE:
+        found.append(
+            f"the clock is held to {state.clock_share:.0%} of what the cores have: cooling or a power mode"
+        )
+    if state.on_battery:
+        found.append("the machine runs on its battery: expect lower clocks")
     if not probe.safe or not probe.conclusive:
         found.append(probe.message)
     for kernel in kernels:
@@ -181,12 +190,3 @@ def _architecture_of(name: str) -> str | None:
         return load_profile(name).architecture
     except ProfileError:
         return None
-
-
-def _memory_bytes(root: Path) -> tuple[int | None, int | None]:
-    text = read_text(root / "proc/meminfo") or ""
-    sizes = {
-        name: int(kilobytes) * 1024
-        for name, kilobytes in re.findall(r"^(MemTotal|MemAvailable):\s+(\d{1,15}) kB", text, re.MULTILINE)
-    }
-    return sizes.get("MemTotal"), sizes.get("MemAvailable")

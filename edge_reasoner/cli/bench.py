@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import click
@@ -21,6 +20,9 @@ _ROWS = (
     ("effective_gbps", "weights and KV streamed", "GB/s"),
     ("machine_gbps", "this machine reads", "GB/s"),
 )
+
+#: taken for a machine that does not tell
+_LITTLE_MEMORY_BYTES = 1 << 30
 
 
 @click.command()
@@ -69,10 +71,10 @@ def bench(
 
 
 def _read_gbps(threads: int) -> float:
+    from edge_reasoner.machine.memory import total_bytes
     from edge_reasoner.machine.probe import measure_speed
 
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return measure_speed(threads, memory_bytes, seconds=0.4).read_gbps
+    return measure_speed(threads, total_bytes() or _LITTLE_MEMORY_BYTES, seconds=0.4).read_gbps
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -31,18 +31,20 @@ def doctor(bundle: str | None, threads: int | None, retest: bool, as_json: bool)
     import msgspec
 
     from edge_reasoner.bench.doctor import library_versions, machine_facts, warnings_of
+    from edge_reasoner.machine.allowance import allowance
     from edge_reasoner.machine.isa import native_import_is_safe
     from edge_reasoner.machine.state import read_state
 
     machine = open_machine(threads)
     opened = None if bundle is None else open_bundle_given(bundle, machine)
     with waiting("examining …"):
-        probe, state = native_import_is_safe(), read_state()
+        probe, state, allowed = native_import_is_safe(), read_state(), allowance()
         facts = machine_facts(state, machine.threads)
         # where the library would kill the process, no kernel is tried
         kernels = _kernels(opened, machine, retest) if opened is not None and probe.safe else []
     document = {
         "machine": facts,
+        "allowance": msgspec.to_builtins(allowed) | {"reason": allowed.reason()},
         "versions": library_versions(),
         "import_probe": msgspec.to_builtins(probe),
         "bundle": None if opened is None else _bundle_part(opened, kernels),
@@ -86,6 +88,7 @@ def _show(document: dict[str, Any]) -> None:
         if name.endswith("_bytes") and value is not None:
             name, text = name.removesuffix("_bytes"), f"{value / 1e9:.2f} GB"
         table.add_row(name.replace("_", " "), "–" if text is None else plain(text))
+    table.add_row("allowed", _allowed(document["allowance"]))
     console.print(table)
     if document["bundle"] is not None:
         show_kernels(document["bundle"]["components"], console)
@@ -93,6 +96,11 @@ def _show(document: dict[str, Any]) -> None:
         console.print(f"warning: {plain(warning)}", style="yellow")
     if not document["warnings"]:
         console.print("nothing to complain about")
+
+
+def _allowed(found: dict[str, Any]) -> str:
+    memory = "" if found["memory_bytes"] is None else f", {found['memory_bytes'] / 1e9:.2f} GB"
+    return f"{found['threads']} threads ({found['reason']}){memory}"
 
 
 def show_kernels(components: list[dict[str, Any]], console: Console) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection
 from pathlib import Path
 
 from edge_reasoner.contract.profile.schema import Record
 from edge_reasoner.machine.cpu import big_cores
-from edge_reasoner.machine.limits import allowed_cpus, memory_left_bytes, quota_cpus
-from edge_reasoner.machine.sysfs import read_text
+from edge_reasoner.machine.limits import allowed_cpus, quota_cpus
+from edge_reasoner.machine.memory import available_bytes
 
 #: more threads only wait for memory
 MAX_THREADS = 8
@@ -28,6 +27,14 @@ class Allowance(Record, frozen=True, kw_only=True):
     #: available memory or what the control groups leave; None where the machine does not tell
     memory_bytes: int | None = None
 
+    def reason(self) -> str:
+        """What the threads were derived from, in a few words."""
+        little = self.cores - self.big_cores
+        parts = [f"{self.cores} cores of this process"] + ([f"{little} of them little"] if little else [])
+        if self.quota_cpus is not None:
+            parts.append(f"a quota of {self.quota_cpus:g} CPUs")
+        return ", ".join(parts)
+
 
 def allowance(
     root: Path = Path("/"), cpus: Collection[int] | None = None, *, most_threads: int = MAX_THREADS
@@ -40,22 +47,15 @@ def allowance(
     usable = usable & (allowed_cpus(root) or usable) or usable
     big, quota = big_cores(usable, root), quota_cpus(root)
     threads = min(len(big), most_threads, most_threads if quota is None else int(quota))
-    sizes = [size for size in (_available_bytes(root), memory_left_bytes(root)) if size is not None]
     return Allowance(
         threads=max(1, threads),
         cores=len(usable),
         big_cores=len(big),
         quota_cpus=quota,
-        memory_bytes=min(sizes, default=None),
+        memory_bytes=available_bytes(root),
     )
 
 
 def _affinity() -> Collection[int]:
     asked = getattr(os, "sched_getaffinity", None)
     return asked(0) if asked is not None else range(os.cpu_count() or 1)
-
-
-def _available_bytes(root: Path) -> int | None:
-    text = read_text(root / "proc/meminfo") or ""
-    found = re.search(r"^MemAvailable:\s+(\d{1,15}) kB", text, flags=re.MULTILINE)
-    return int(found[1]) * 1024 if found else None

@@ -12,7 +12,16 @@ from edge_reasoner.machine.sysfs import parse_cpu_list, read_int, read_text
 #: (A55 1.8 GHz beside A76 2.4 GHz), and by a tenth between equal cores of a desktop: hence two shares.
 _CAPACITY_SHARE = 0.7
 _CLOCK_SHARE = 0.8
-#: MIDR part numbers (Arm) of cores that are the little ones wherever others stand beside them
+#: MIDR part numbers (implementer 0x41, Arm)
+ARM_PARTS = {
+    0xD03: "cortex-a53", 0xD04: "cortex-a35", 0xD05: "cortex-a55", 0xD07: "cortex-a57",
+    0xD08: "cortex-a72", 0xD09: "cortex-a73", 0xD0A: "cortex-a75", 0xD0B: "cortex-a76",
+    0xD0C: "neoverse-n1", 0xD0D: "cortex-a77", 0xD40: "neoverse-v1", 0xD41: "cortex-a78",
+    0xD42: "cortex-a78ae", 0xD44: "cortex-x1", 0xD46: "cortex-a510", 0xD47: "cortex-a710",
+    0xD48: "cortex-x2", 0xD49: "neoverse-n2", 0xD4B: "cortex-a78c", 0xD4F: "neoverse-v2",
+    0xD80: "cortex-a520", 0xD81: "cortex-a720",
+}  # fmt: skip
+#: those of them that are the little ones wherever others stand beside them
 _LITTLE_PARTS = frozenset({0xD03, 0xD04, 0xD05, 0xD46, 0xD80})
 
 

@@ -29,28 +29,18 @@ from edge_reasoner.contract.profile.schema import (
     Runtime,
 )
 from edge_reasoner.errors import ProfileError
+from edge_reasoner.machine.cpu import ARM_PARTS, big_cores
 from edge_reasoner.machine.isa import isa_features
+from edge_reasoner.machine.memory import total_bytes
 from edge_reasoner.machine.state import installed_onnxruntime
 from edge_reasoner.machine.sysfs import parse_cpu_list, read_int, read_text
 
 #: Share of the plain read bandwidth that weight streaming reaches: onnxruntime's int4 MatMulNBits read
 #: 86 MB in 3.6 ms on a machine that reads 28 GB/s.
 STREAMING_SHARE = 0.85
-#: A cluster is big if its capacity (or clock) is at least this share of the fastest one's.
-_BIG_SHARE = 0.7
 _MATRIX_ROWS = 768
 _CHUNK_BYTES = 64 * 1024 * 1024
 _MAX_THREADS = 16
-#: MIDR part numbers (implementer 0x41, Arm)
-_ARM_PARTS = {
-    0xD03: "cortex-a53", 0xD04: "cortex-a35", 0xD05: "cortex-a55", 0xD07: "cortex-a57",
-    0xD08: "cortex-a72", 0xD09: "cortex-a73", 0xD0A: "cortex-a75", 0xD0B: "cortex-a76",
-    0xD0C: "neoverse-n1", 0xD0D: "cortex-a77", 0xD40: "neoverse-v1", 0xD41: "cortex-a78",
-    0xD42: "cortex-a78ae", 0xD44: "cortex-x1", 0xD46: "cortex-a510", 0xD47: "cortex-a710",
-    0xD48: "cortex-x2", 0xD49: "neoverse-n2", 0xD4B: "cortex-a78c", 0xD4F: "neoverse-v2",
-    0xD80: "cortex-a520", 0xD81: "cortex-a720",
-}  # fmt: skip
-
 Progress = Callable[[str], None]
 
 
@@ -68,6 +58,7 @@ class _Core(Record, frozen=True, kw_only=True):
     microarchitecture: str
     capacity: int
     clock_ghz: float
+    big: bool
 
 
 def probe_machine(
@@ -95,7 +86,7 @@ def probe_machine(
         features = isa_features(root / "proc", machine)
     clusters = _clusters(root, features, base)
     cores = sum(c.cores for c in clusters if c.big)
-    memory_bytes = _memory_bytes(root) or int(base.memory.capacity_gib.value * 2**30)
+    memory_bytes = total_bytes(root) or int(base.memory.capacity_gib.value * 2**30)
     say(f"cores: {', '.join(f'{c.cores} × {c.microarchitecture}' for c in clusters)}; measuring speed …")
     speed = (measure or measure_speed)(cores, memory_bytes)
     say(f"memory: {speed.read_gbps:.1f} GB/s read, {speed.copy_gbps:.1f} GB/s copied")
@@ -223,36 +214,21 @@ def _os_name(root: Path) -> str:
     return f"{name[:200]}, Python {platform.python_version()}"
 
 
-def _memory_bytes(root: Path) -> int | None:
-    """Memory this process may use: MemTotal, or a lower cgroup limit (containers)."""
-    found = re.search(
-        r"^MemTotal:\s+(\d{1,15}) kB", read_text(root / "proc/meminfo") or "", flags=re.MULTILINE
-    )
-    total = int(found.group(1)) * 1024 if found else None
-    limits = [
-        read_int(root / path)
-        for path in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes")
-    ]
-    known = [size for size in (total, *limits) if size]
-    return min(known) if known else None
-
-
 def _clusters(root: Path, features: frozenset[str], base: DeviceProfile) -> tuple[Cluster, ...]:
     """Cores grouped by micro-architecture and clock, biggest first."""
-    groups: dict[tuple[int, float, str], int] = {}
+    groups: dict[tuple[int, float, str, bool], int] = {}
     for core in _cores(root, base):
-        key = (core.capacity, core.clock_ghz, core.microarchitecture)
+        key = (core.capacity, core.clock_ghz, core.microarchitecture, core.big)
         groups[key] = groups.get(key, 0) + 1
-    most = max(capacity or clock for capacity, clock, _ in groups)
     return tuple(
         Cluster(
             cores=count,
             microarchitecture=name,
-            big=(capacity or clock) >= _BIG_SHARE * most,
+            big=big,
             clock_ghz=_clock_figure(root, clock),
             isa=tuple(sorted(features)),
         )
-        for (capacity, clock, name), count in sorted(groups.items(), reverse=True)
+        for (_capacity, clock, name, big), count in sorted(groups.items(), reverse=True)
     )
 
 
@@ -268,6 +244,7 @@ def _cores(root: Path, base: DeviceProfile) -> list[_Core]:
     cpu_root = root / "sys/devices/system/cpu"
     blocks = _cpuinfo_blocks(root)
     online = parse_cpu_list(read_text(cpu_root / "online") or "") or tuple(sorted(blocks)) or (0,)
+    big = big_cores(online, root)
     cores = []
     for number in online:
         block = blocks.get(number, {})
@@ -277,6 +254,7 @@ def _cores(root: Path, base: DeviceProfile) -> list[_Core]:
                 microarchitecture=_microarchitecture(cpu_root / f"cpu{number}", block),
                 capacity=max(0, read_int(cpu_root / f"cpu{number}/cpu_capacity") or 0),
                 clock_ghz=_clock_ghz(khz, block, base),
+                big=number in big,
             )
         )
     if not all(core.capacity for core in cores):  # mixed zeros would not compare
@@ -316,8 +294,8 @@ def _microarchitecture(folder: Path, block: dict[str, str]) -> str:
         if midr is None:
             return " ".join(block.get("model name", "").split())[:200] or "unknown"
         implementer, part = midr >> 24 & 0xFF, midr >> 4 & 0xFFF
-    if implementer == 0x41 and part in _ARM_PARTS:
-        return _ARM_PARTS[part]
+    if implementer == 0x41 and part in ARM_PARTS:
+        return ARM_PARTS[part]
     return f"implementer 0x{implementer:02x} part 0x{part:03x}"
 
 

@@ -25,6 +25,7 @@ _THROTTLE_BITS = {
 }
 _VCGENCMD_TIMEOUT_S = 2.0
 _MAX_ZONES = 64
+_MAX_CORES = 4096
 
 
 class RunText(Protocol):
@@ -49,7 +50,13 @@ class MachineState(Record, frozen=True, kw_only=True):
     temperature_c: float | None = None
     temperature_zone: str | None = None
     governor: str | None = None
+    #: the Jetson's nvpmodel, else the firmware's platform profile
     power_mode: str | None = None
+    #: highest clock that is allowed now over the highest that the cores have (the slowest core's): below 1
+    #: cooling or a power mode holds them back
+    clock_share: float | None = None
+    #: None: no battery and no mains adapter that tells
+    on_battery: bool | None = None
     #: the Raspberry Pi firmware's complaints; () is a clean bill, None: not a Pi
     throttling: tuple[str, ...] | None = None
     onnxruntime_version: str | None = None
@@ -62,7 +69,9 @@ def read_state(root: Path = Path("/"), run: RunText = subprocess.run) -> Machine
         temperature_c=temperature,
         temperature_zone=zone,
         governor=read_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
-        power_mode=_nvpmodel(root),
+        power_mode=_nvpmodel(root) or read_text(root / "sys/firmware/acpi/platform_profile", 256) or None,
+        clock_share=_clock_share(root / "sys/devices/system/cpu"),
+        on_battery=_on_battery(root / "sys/class/power_supply"),
         throttling=_throttling(root, run),
         onnxruntime_version=installed_onnxruntime(),
     )
@@ -87,6 +96,31 @@ def _hottest(folder: Path) -> tuple[str | None, float | None]:
         if best[1] is None or millidegrees / 1e3 > best[1]:
             best = (read_text(zone / "type") or zone.name, millidegrees / 1e3)
     return best
+
+
+def _clock_share(folder: Path) -> float | None:
+    shares = []
+    for cpufreq in sorted(folder.glob("cpu[0-9]*/cpufreq"))[:_MAX_CORES]:
+        now, most = read_int(cpufreq / "scaling_max_freq"), read_int(cpufreq / "cpuinfo_max_freq")
+        if now is not None and most is not None and now > 0 and most > 0:
+            shares.append(min(1.0, now / most))
+    return min(shares, default=None)
+
+
+def _on_battery(folder: Path) -> bool | None:
+    """Whether no adapter supplies power; where no adapter tells, whether a battery is being discharged."""
+    adapters, batteries = [], []
+    for supply in sorted(folder.glob("*"))[:_MAX_ZONES]:
+        if read_text(supply / "scope", 64) == "Device":
+            continue  # a mouse's or a phone's own battery
+        kind = read_text(supply / "type", 64)
+        if kind in ("Mains", "USB") and (online := read_int(supply / "online")) is not None:
+            adapters.append(online != 0)
+        elif kind == "Battery" and (status := read_text(supply / "status", 64)):
+            batteries.append(status == "Discharging")
+    if not batteries:
+        return False if any(adapters) else None  # a board at a USB port that reports nothing has no battery
+    return not any(adapters) if adapters else any(batteries)
 
 
 def _nvpmodel(root: Path) -> str | None:

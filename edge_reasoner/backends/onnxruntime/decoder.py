@@ -6,7 +6,6 @@ Everything is bound once per cache; a decode step only changes numbers in place.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from edge_reasoner.backends.saved_cache import CacheLayout, pack, unpack
 from edge_reasoner.contract.bundle.manifest import DecoderSpec
 from edge_reasoner.contract.bundle.onnx_scan import scan_graph
 from edge_reasoner.errors import BackendError, BundleError, ContextOverflowError, InputError
+from edge_reasoner.machine.memory import total_bytes
 
 #: Longest input of one prefill call: longer calls are hardly faster but need more memory for activations.
 PREFILL_CHUNK_TOKENS = 512
@@ -270,18 +270,10 @@ def _checked_context(spec: DecoderSpec, context_tokens: int | None) -> int:
         raise InputError(
             f"context of {wanted} tokens: 1 to {spec.context_tokens} are possible with this model"
         )
-    needed_bytes, memory_bytes = wanted * spec.kv_bytes_per_token, _memory_bytes()
+    needed_bytes, memory_bytes = wanted * spec.kv_bytes_per_token, total_bytes()
     if memory_bytes is not None and needed_bytes > memory_bytes:
         raise InputError(
             f"a context of {wanted} tokens needs {needed_bytes / 1e9:.1f} GB of KV cache; this machine has"
             f" {memory_bytes / 1e9:.1f} GB: try {memory_bytes // (2 * spec.kv_bytes_per_token)} tokens"
         )
     return wanted
-
-
-def _memory_bytes() -> int | None:
-    """Physical memory, where the system tells."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None

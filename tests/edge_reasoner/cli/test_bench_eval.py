@@ -13,8 +13,9 @@ from support.tiny_graphs import HEAD_DIM, KV_HEADS, LAYERS
 ARC = Path(__file__).parents[3] / ".." / "shared" / "data" / "questions" / "arc_easy.jsonl"
 BENCH_KEYS = {
     "load_ms", "cold_first_token_ms", "prefill_tps", "decode_tps", "ttft_ms", "peak_rss_mb", "weight_bytes",
-    "streamed_bytes_per_token", "effective_gbps", "machine_gbps", "threads", "variant", "session_options",
-    "runtime", "cpu", "model", "bundle_id", "prompt_tokens", "new_tokens", "concurrency", "repeats", "runs",
+    "streamed_bytes_per_token", "effective_gbps", "machine_gbps", "threads", "allowance", "variant",
+    "session_options", "runtime", "cpu", "model", "bundle_id", "prompt_tokens", "new_tokens", "concurrency",
+    "repeats", "runs",
 }  # fmt: skip
 EVAL_KEYS = {
     "n", "accuracy", "stderr", "metric", "acc", "acc_norm", "normalization", "by_metric", "by_source",

@@ -15,7 +15,7 @@ from support.answering_bundle import write_answering_bundle
 from edge_reasoner.client import InferenceClient
 
 VERIFY_KEYS = {"path", "bundle_id", "ok", "files", "size_bytes", "golden", "seconds"}
-DOCTOR_KEYS = {"machine", "versions", "import_probe", "bundle", "cache_dir", "warnings"}
+DOCTOR_KEYS = {"machine", "allowance", "versions", "import_probe", "bundle", "cache_dir", "warnings"}
 
 
 @pytest.fixture(scope="session")

@@ -83,6 +83,7 @@ def test_nested_groups_all_count(tmp_path: Path):
     }
     found = allowance(tree(tmp_path, files), range(4))
     assert (found.threads, found.quota_cpus, found.memory_bytes) == (2, 2.0, 900_000)
+    assert found.reason() == "4 cores of this process, a quota of 2 CPUs"
 
 
 def test_a_container_that_sees_a_part_of_the_tree(tmp_path: Path):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 
+from support.local_models import TEMPLATE
 from support.tiny_tokenizers import byte_level, wrap
 
 from edge_reasoner.backends.base import DecoderModel, KVCache, Step, TokenIds
 from edge_reasoner.backends.fake import FakeDecoder
+from edge_reasoner.contract.template.render import ChatTemplate
+from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.engine.loop import Engine, EngineLimits
 
 #: a test that hangs fails after this time; nothing is proven by it
@@ -110,3 +115,10 @@ def engine_of(
         limits=limits,
         kv_bytes_per_token=kv_bytes_per_token,
     )
+
+
+def local_of(model: DecoderModel, limits: EngineLimits | None = None) -> LocalModel:
+    """A chat model over `model` with the template of the scripted ones."""
+    engine = engine_of(model, limits)
+    chat = ChatTemplate(TEMPLATE, special_tokens={}, clock=time.monotonic, now=datetime.now)
+    return LocalModel(engine, chat, bos_token_id=None)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import AsyncGenerator
+import weakref
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from edge_reasoner.chat.model import ChatModel, ChatRequest, ChatResult, ChatStream
 from edge_reasoner.server.protocol import RequestError
 
 _RETRY_AFTER_S = 2
-
-#: an answer's pieces and, last, the whole of it
-Results = AsyncGenerator[str | ChatResult, None]
 
 
 def too_busy(why: str) -> RequestError:
@@ -47,17 +44,24 @@ class Streams:
         self.model.close()
 
     def submit(self, request: ChatRequest) -> Results:
-        """Starts an answer. Raises RequestError(429) at once when there are too many.
+        """Starts an answer. Raises RequestError at once: 429 when there are too many, 503 when closed.
 
-        What the model raises comes from the first item. Closing the generator cancels the answer.
+        What the model raises comes from the first item. Closing or dropping the results cancels the answer.
         """
         bridge = _Bridge(asyncio.get_running_loop())
         with self._lock:
             if len(self._open) >= self._most:
                 raise too_busy("the queue is full; try again later")
             self._open.add(bridge)
-        self._pool.submit(self._read, request, bridge)
-        return bridge.items()
+        try:
+            self._pool.submit(self._read, request, bridge)
+        except RuntimeError as error:
+            # shut down, or the system gives no thread
+            bridge.give_up()
+            with self._lock:
+                self._open.discard(bridge)
+            raise RequestError(503, "the service takes no requests now", "server_error") from error
+        return Results(bridge)
 
     def _read(self, request: ChatRequest, bridge: _Bridge) -> None:
         try:
@@ -78,13 +82,39 @@ class Streams:
                 self._open.discard(bridge)
 
 
+class Results:
+    """An answer's pieces and, last, the whole of it, asynchronously. Raises what the model raised."""
+
+    def __init__(self, bridge: _Bridge) -> None:
+        self._bridge = bridge
+        self._ended = False
+        weakref.finalize(self, bridge.drop).atexit = False
+
+    def __aiter__(self) -> Results:
+        return self
+
+    async def __anext__(self) -> str | ChatResult:
+        if self._ended:
+            raise StopAsyncIteration
+        item = await self._bridge.take()
+        self._ended = not isinstance(item, str)
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    async def aclose(self) -> None:
+        """Cancels the answer, begun or not. Idempotent."""
+        self._ended = True
+        self._bridge.give_up()
+
+
 class _Bridge:
     """From one reading thread to one asynchronous caller."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.closed = False
         self._loop = loop
-        self._items: asyncio.Queue[Any] = asyncio.Queue()
+        self._items: asyncio.Queue[str | ChatResult | Exception] = asyncio.Queue()
         self._stream: ChatStream[str, ChatResult] | None = None
 
     def follow(self, stream: ChatStream[str, ChatResult]) -> None:
@@ -104,15 +134,11 @@ class _Bridge:
         if self._stream is not None:
             self._stream.cancel()
 
-    async def items(self) -> Results:
-        """The items, up to the whole answer. Raises what the model raised."""
-        try:
-            while True:
-                item = await self._items.get()
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-                if not isinstance(item, str):
-                    return
-        finally:
-            self.give_up()
+    def drop(self) -> None:
+        """`give_up`, by the garbage collector: not here, where any lock may be held."""
+        with contextlib.suppress(RuntimeError):  # a loop that is closed has no answers under way
+            self._loop.call_soon_threadsafe(self.give_up)
+
+    async def take(self) -> str | ChatResult | Exception:
+        """The next item."""
+        return await self._items.get()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import socket
 import threading
+from collections.abc import Awaitable, Callable
 
 import httpx
 import pytest
@@ -14,7 +17,9 @@ from edge_reasoner.chat.model import ChatRequest
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.engine.loop import EngineLimits, TokenStream
+from edge_reasoner.server.protocol import RequestError
 from edge_reasoner.server.reference import serving
+from edge_reasoner.server.work import Results, Streams
 
 
 class _Told:
@@ -122,3 +127,54 @@ def test_closing_the_service_frees_the_engine() -> None:
         assert connection.recv(10)
     assert watched.closed
     connection.close()
+
+
+async def _closed(held: list[Results]) -> None:
+    await held[0].aclose()
+    with pytest.raises(StopAsyncIteration):
+        await anext(held[0])
+
+
+async def _dropped(held: list[Results]) -> None:
+    held.clear()
+    gc.collect()
+    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("read", [0, 2])
+@pytest.mark.parametrize("end", [_closed, _dropped])
+def test_results_that_nobody_wants_cost_no_further_call(
+    end: Callable[[list[Results]], Awaitable[None]], read: int
+) -> None:
+    """Closed or dropped, before their first item or after some."""
+
+    async def run() -> None:
+        watched = echo()
+        streams = Streams(local := local_of(watched), max_waiting=3)
+        ((first,), (second,)) = local.tokenizer.encode("Z"), local.tokenizer.encode("Y")
+        with watched.held():
+            held = [streams.submit(ChatRequest(text="Z", params=SamplingParams(max_tokens=400)))]
+            await asyncio.to_thread(watched.arrive)
+            await asyncio.to_thread(watched.step, read)
+            assert [str(await anext(held[0])) for _ in range(read)] == ["Z"] * read
+            await end(held)
+        other = streams.submit(ChatRequest(text="Y", params=SamplingParams(max_tokens=4)))
+        assert len([item async for item in other]) == 5
+        assert (watched.calls_with(first), watched.calls_with(second)) == (read + 1, 4)
+        streams.close()
+
+    asyncio.run(run())
+
+
+def test_closed_streams_refuse() -> None:
+    """After the end a request gets a 503, and the model is closed."""
+
+    async def run() -> None:
+        watched = echo()
+        streams = Streams(local_of(watched), max_waiting=3)
+        streams.close()
+        with pytest.raises(RequestError) as refused:
+            streams.submit(ChatRequest(text="Z"))
+        assert refused.value.status == 503 and watched.closed
+
+    asyncio.run(run())

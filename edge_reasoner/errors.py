@@ -17,12 +17,40 @@
     └── BackendError                  1  the inference library failed on a graph that passed every check
 
 Third-party exceptions are mapped to these once, at the seam that calls the library, with `raise … from`.
-The command line prints `str(error)` as one line and exits with `exit_status`.
+The command line prints `one_line(error)` and exits with `exit_status`.
 """
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+#: what steers a terminal or hides text: controls (C0, DEL, C1) but tab and newline, overrides of the writing
+#: direction. Every escape sequence begins with one of these, so that none is left whole.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_LINE_ENDS = re.compile("\u2028|\u2029")
+_MAX_LINE_CHARS = 300
+
+
+def printable(text: str) -> str:
+    """`text` from a stranger, fit for a terminal: without control characters and direction overrides.
+
+    They become U+FFFD, so that nothing is hidden; carriage returns vanish; U+2028 and U+2029 become newlines.
+    Each character is judged by itself: a text may come in pieces.
+    """
+    return _UNSAFE.sub("\ufffd", _LINE_ENDS.sub("\n", text.replace("\r", "")))
+
+
+def one_line(said: object, max_chars: int = _MAX_LINE_CHARS) -> str:
+    """What an exception (or a text) says, in one printable line of at most `max_chars`.
+
+    An exception that says nothing gives its type's name.
+    """
+    text = _UNSAFE.sub(" ", str(said)[: 20 * max_chars])
+    line = " ".join(text.split())
+    if not line and isinstance(said, BaseException):
+        line = type(said).__name__
+    return line if len(line) <= max_chars else f"{line[: max_chars - 1]}…"
 
 
 class EdgeReasonerError(Exception):

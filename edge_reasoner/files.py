@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from edge_reasoner.errors import EdgeReasonerError, InputError
+from edge_reasoner.errors import EdgeReasonerError, InputError, one_line
 
 MAX_LINE_BYTES = 4 * 1024 * 1024
 MAX_ROWS = 1_000_000
@@ -26,7 +26,6 @@ _CHUNK_BYTES = 1 << 20
 #: what is looked at to tell UTF-16 without a byte order mark from UTF-8
 _HEAD_BYTES = 512
 _BOM = "\ufeff"
-_MAX_REASON_CHARS = 300
 #: longest first: UTF-32's little-endian mark begins with UTF-16's
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -134,7 +133,7 @@ def parse_json(
     except RecursionError as problem:
         raise error(f"{where}: not JSON: nested too deeply") from problem
     except ValueError as problem:  # JSONDecodeError, numbers of too many digits, our own two
-        raise error(f"{where}: not JSON: {_reason(problem)}") from problem
+        raise error(f"{where}: not JSON: {one_line(problem)}") from problem
 
 
 def read_json(
@@ -247,8 +246,3 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {key[:80]!r} is there twice")
         found[key] = value
     return found
-
-
-def _reason(problem: Exception) -> str:
-    line = " ".join(str(problem).split())
-    return line if len(line) <= _MAX_REASON_CHARS else f"{line[:_MAX_REASON_CHARS]}…"

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from edge_reasoner.cli.options import bundle_argument, open_bundle_given, open_machine, threads_option
-from edge_reasoner.cli.output import error_console, json_option, plain, print_json
+from edge_reasoner.cli.output import console, json_option, plain, print_json
 from edge_reasoner.errors import InputError
 
 _ROWS = (
@@ -55,8 +55,7 @@ def bench(
     options = BenchOptions(prompt_tokens, new_tokens, repeat, concurrency, seed)
     machine = open_machine(threads)
     opened = open_bundle_given(bundle, machine)
-    console = error_console()
-    with console.status("measuring …") as status:
+    with console(stderr=True).status("measuring …") as status:
         report = measure(
             opened,
             machine,
@@ -78,7 +77,6 @@ def _read_gbps(threads: int) -> float:
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Column, Table
 
     title = (
@@ -90,4 +88,4 @@ def _show(report: dict[str, Any]) -> None:
         value = report[name]
         table.add_row(label, "–" if value is None else f"{value:,.1f}", unit)
     table.add_row("graph and weights", f"{report['weight_bytes'] / 1e6:,.1f}", "MB")
-    Console().print(table)
+    console().print(table)

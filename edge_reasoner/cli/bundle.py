@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_reasoner.cli.options import bundle_argument, open_bundle_given, open_machine, threads_option
-from edge_reasoner.cli.output import json_option, note, plain, print_json, waiting
+from edge_reasoner.cli.output import console, json_option, note, plain, print_json, waiting
 from edge_reasoner.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -149,10 +149,9 @@ def _document(opened: Bundle, kind: str | None) -> dict[str, Any]:
 
 
 def _show(document: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    out = console()
     facts = Table("bundle", plain(document["path"]))
     for name, value in (
         ("made for", document["profile"]),
@@ -161,12 +160,12 @@ def _show(document: dict[str, Any]) -> None:
         ("bundle id", document["bundle_id"]),
     ):
         facts.add_row(name, plain(value))
-    console.print(facts)
+    out.print(facts)
     for part in document["components"]:
         table = Table(plain(part["kind"]), plain(f"{part['name']}, version {part['version']}"))
         for name, value in _component_rows(part):
             table.add_row(name, plain(value))
-        console.print(table)
+        out.print(table)
 
 
 def _component_rows(part: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -187,14 +186,12 @@ def _pairs(figures: dict[str, float | None]) -> str:
 
 
 def _show_verified(document: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from edge_reasoner.cli.doctor import show_kernels
 
-    console = Console()
+    out = console()
     size = f"{document['files']} files, {document['size_bytes'] / 1e6:.1f} MB"
-    console.print(f"{plain(document['path'])}: {size}: every hash matches the manifest")
+    out.print(f"{plain(document['path'])}: {size}: every hash matches the manifest")
     if document["golden"] is not None:
-        show_kernels(document["golden"], console)
+        show_kernels(document["golden"], out)
     verdict = "verified" if document["ok"] else "golden vectors not reproduced"
-    console.print(f"{verdict} in {document['seconds']:.1f} s")
+    out.print(f"{verdict} in {document['seconds']:.1f} s")

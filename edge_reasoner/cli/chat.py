@@ -58,7 +58,7 @@ def chat(bundle: str, mode: str, system: str | None, **options: Any) -> None:
             except EdgeReasonerError as error:
                 if not interactive:
                     raise
-                note(f"edge-reasoner: {' '.join(str(error).split())}")
+                note(f"edge-reasoner: {error}")
 
 
 def _read_line(interactive: bool) -> str | None:

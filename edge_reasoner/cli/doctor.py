@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_reasoner.cli.options import open_bundle_given, open_machine, threads_option
-from edge_reasoner.cli.output import json_option, plain, print_json, waiting
+from edge_reasoner.cli.output import console, json_option, plain, print_json, waiting
 from edge_reasoner.errors import BackendError, VerificationError
 
 if TYPE_CHECKING:
@@ -78,24 +78,23 @@ def _bundle_part(opened: Bundle, kernels: list[KernelCheck]) -> dict[str, Any]:
 
 
 def _show(document: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    out = console()
     table = Table("machine", "", show_header=False)
     for name, value in {**document["machine"], **document["versions"]}.items():
         text = ", ".join(value) if isinstance(value, list) else value
         if name.endswith("_bytes") and value is not None:
             name, text = name.removesuffix("_bytes"), f"{value / 1e9:.2f} GB"
         table.add_row(name.replace("_", " "), "–" if text is None else plain(text))
-    table.add_row("allowed", _allowed(document["allowance"]))
-    console.print(table)
+    table.add_row("allowed", plain(_allowed(document["allowance"])))
+    out.print(table)
     if document["bundle"] is not None:
-        show_kernels(document["bundle"]["components"], console)
+        show_kernels(document["bundle"]["components"], out)
     for warning in document["warnings"]:
-        console.print(f"warning: {plain(warning)}", style="yellow")
+        out.print(f"warning: {plain(warning)}", style="yellow")
     if not document["warnings"]:
-        console.print("nothing to complain about")
+        out.print("nothing to complain about")
 
 
 def _allowed(found: dict[str, Any]) -> str:
@@ -103,7 +102,7 @@ def _allowed(found: dict[str, Any]) -> str:
     return f"{found['threads']} threads ({found['reason']}){memory}"
 
 
-def show_kernels(components: list[dict[str, Any]], console: Console) -> None:
+def show_kernels(components: list[dict[str, Any]], out: Console) -> None:
     """A table of every candidate that the self-test tried; the chosen one is marked."""
     from rich.table import Column, Table
 
@@ -125,4 +124,4 @@ def show_kernels(components: list[dict[str, Any]], console: Console) -> None:
             )
         if part["problem"]:
             table.add_row(plain(part["kind"]), "–", "–", "–", "–", plain(part["problem"]))
-    console.print(table)
+    out.print(table)

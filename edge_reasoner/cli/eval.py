@@ -17,7 +17,7 @@ from edge_reasoner.cli.options import (
     open_reasoner,
     threads_option,
 )
-from edge_reasoner.cli.output import json_option, plain, print_json, progress_bar, waiting
+from edge_reasoner.cli.output import console, json_option, plain, print_json, progress_bar, waiting
 from edge_reasoner.errors import InputError
 
 if TYPE_CHECKING:
@@ -119,7 +119,6 @@ def _results(
 
 
 def _show(document: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Column, Table
 
     stderr = "" if document["stderr"] is None else f" ± {100 * document['stderr']:.1f}"
@@ -128,11 +127,9 @@ def _show(document: dict[str, Any]) -> None:
     for kind in ("by_metric", "by_source"):
         for name, part in document[kind].items():
             table.add_row(plain(f"{kind[3:]} {name}"), str(part["n"]), f"{100 * part['accuracy']:.1f}")
-    console = Console()
-    console.print(table)
+    out = console()
+    out.print(table)
     if document["acc"] is not None:
-        console.print(f"unnormalized {100 * document['acc']:.1f} %; headline: {document['normalization']}")
+        out.print(f"unnormalized {100 * document['acc']:.1f} %; headline: {document['normalization']}")
     usd = "unknown" if document["usd"] is None else f"{document['usd']:.6f}"
-    console.print(
-        f"escalated {100 * document['escalated_share']:.1f} %, US$ {usd}, {document['seconds']:.1f} s"
-    )
+    out.print(f"escalated {100 * document['escalated_share']:.1f} %, US$ {usd}, {document['seconds']:.1f} s")

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import click
 
 from edge_reasoner._version import __version__
+from edge_reasoner.cli.output import note
 from edge_reasoner.errors import EdgeReasonerError
 
 DEBUG_VARIABLE = "EDGE_REASONER_DEBUG"
 _INTERRUPTED = 130
-_MAX_LINE_CHARS = 4000
 
 #: command → where it is; imported only when it is named (or for its line in --help)
 _COMMANDS = {
@@ -122,10 +122,8 @@ def _unforeseen(error: Exception) -> str:
 def _fail(message: str, status: int, settings: Settings) -> int:
     if settings.debug:
         traceback.print_exc()
-    line = " ".join(message.split())
-    line = line if len(line) <= _MAX_LINE_CHARS else f"{line[:_MAX_LINE_CHARS]}…"
     try:
-        click.echo(f"edge-reasoner: {line}", err=True)
+        note(f"edge-reasoner: {message}")
     except OSError:
         return status  # nobody listens on standard error
     return status

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from edge_reasoner.errors import one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object.")
 
-#: what could steer a terminal: model text is untrusted, the cloud's more so
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+#: longest line on standard error; a cloud's or a file's text may be in it
+MAX_LINE_CHARS = 4000
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -28,31 +29,31 @@ def print_json(document: Mapping[str, Any]) -> None:
     click.echo(json.dumps(document, allow_nan=False))
 
 
-def printable(text: str) -> str:
-    """`text` without control characters other than tab and newline."""
-    return _CONTROL.sub("�", text)
-
-
 def write_text(text: str) -> None:
-    """Writes a piece of an answer at once; on a terminal without control characters."""
-    click.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
+    """Writes a piece of an answer at once, made `printable`: model text is untrusted, the cloud's more so.
+
+    Also into a pipe, which may end at a terminal; `--json` keeps every character.
+    """
+    click.echo(printable(text), nl=False)
 
 
 def note(text: str) -> None:
     """One line on standard error."""
-    click.echo(printable(text), err=True)
+    click.echo(one_line(text, MAX_LINE_CHARS), err=True)
 
 
 def plain(text: object) -> str:
-    """Text for a rich table cell, its brackets not taken for markup."""
-    return printable(str(text)).replace("[", r"\[")
+    """Text for a `console` or one of its table cells: printable, and no markup to it."""
+    from rich.markup import escape
+
+    return escape(printable(str(text)))
 
 
-def error_console() -> Console:
-    """rich on standard error."""
+def console(*, stderr: bool = False) -> Console:
+    """rich on standard output, or on standard error. What it prints is markup: see `plain`."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=stderr, emoji=False)
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def waiting(what: str) -> Iterator[None]:
     if not sys.stderr.isatty():
         yield
         return
-    with error_console().status(what):
+    with console(stderr=True).status(plain(what)):
         yield
 
 
@@ -71,8 +72,8 @@ def progress_bar() -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = error_console()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    errors = console(stderr=True)
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         yield progress
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Column, Table
 
+from edge_reasoner.cli.output import console, json_option, note, plain, print_json
 from edge_reasoner.contract.profile.load import (
     dump_profile_toml,
     list_profiles,
@@ -20,11 +20,9 @@ from edge_reasoner.contract.profile.load import (
     profile_sha256,
 )
 from edge_reasoner.contract.profile.schema import DeviceProfile, Figure, Runtime
-from edge_reasoner.errors import InputError
+from edge_reasoner.errors import InputError, printable
 from edge_reasoner.files import write_atomically
 from edge_reasoner.machine.state import MachineState, read_state
-
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object.")
 
 
 @click.group()
@@ -33,47 +31,47 @@ def profiles() -> None:
 
 
 @profiles.command("list")
-@_json_option
+@json_option
 def list_command(as_json: bool) -> None:
     """List the built-in profiles."""
     known = [load_profile(name) for name in list_profiles()]
     if as_json:
-        _print_json({"profiles": [_summary(profile) for profile in known]})
+        print_json({"profiles": [_summary(profile) for profile in known]})
         return
     table = Table(Column("name", no_wrap=True), "board", "memory", "decode GB/s", "accelerators")
     for profile in known:
         table.add_row(
-            profile.name,
-            profile.title,
+            plain(profile.name),
+            plain(profile.title),
             f"{profile.memory.capacity_gib.value:g} GiB",
             f"{profile.memory.effective_decode_gbps.value:g}",
-            ", ".join(a.name for a in profile.accelerators) or "–",
+            plain(", ".join(a.name for a in profile.accelerators) or "–"),
         )
-    Console().print(table)
+    console().print(table)
 
 
 @profiles.command("show")
 @click.argument("name")
-@_json_option
+@json_option
 def show_command(name: str, as_json: bool) -> None:
     """Show one profile: a built-in NAME, or the path of a .toml file."""
     profile = load_profile(name)
     if as_json:
-        _print_json(_document(profile))
+        print_json(_document(profile))
         return
-    _show(profile, Console())
+    _show(profile, console())
 
 
 @profiles.command("validate")
 @click.argument("file", type=click.Path(path_type=Path))
-@_json_option
+@json_option
 def validate_command(file: Path, as_json: bool) -> None:
     """Check a profile FILE; one clear line and exit status 2 if it is malformed."""
     profile = load_profile(file)
     if as_json:
-        _print_json({"valid": True, "name": profile.name, "sha256": profile_sha256(profile)})
+        print_json({"valid": True, "name": profile.name, "sha256": profile_sha256(profile)})
         return
-    click.echo(f"{file}: valid profile {profile.name!r}")
+    click.echo(printable(f"{file}: valid profile {profile.name!r}"))
 
 
 @profiles.command("probe")
@@ -81,7 +79,7 @@ def validate_command(file: Path, as_json: bool) -> None:
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the profile there (TOML)."
 )
 @click.option("--name", help="The profile's name. Default: the stem of --out, else this-machine.")
-@_json_option
+@json_option
 def probe_command(out: Path | None, name: str | None, as_json: bool) -> None:
     """Measure this machine (about three seconds) and write a profile of it."""
     from edge_reasoner.machine.probe import probe_machine  # numpy: not for `list` and `show`
@@ -89,7 +87,7 @@ def probe_command(out: Path | None, name: str | None, as_json: bool) -> None:
     name = name or (out.stem.lower() if out else "this-machine")
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", name):
         raise InputError(f"profile name {name!r}: allowed are a-z, 0-9 and -, at most 64, not - first")
-    profile = probe_machine(name=name, progress=lambda line: click.echo(line, err=True))
+    profile = probe_machine(name=name, progress=note)
     state = read_state()
     if out is not None:
         text = dump_profile_toml(profile)
@@ -100,16 +98,12 @@ def probe_command(out: Path | None, name: str | None, as_json: bool) -> None:
             raise InputError(f"{out}: cannot write: {error.strerror or error}") from error
     if as_json:
         written = str(out) if out is not None else None
-        _print_json({**_document(profile), "state": msgspec.to_builtins(state), "written": written})
+        print_json({**_document(profile), "state": msgspec.to_builtins(state), "written": written})
         return
-    console = Console()
-    _show(profile, console)
-    _show_state(state, console)
-    console.print(f"written to {out}" if out else "Not written; use --out FILE.toml.", markup=False)
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    click.echo(json.dumps(document))
+    screen = console()
+    _show(profile, screen)
+    _show_state(state, screen)
+    screen.print(plain(f"written to {out}" if out else "Not written; use --out FILE.toml."))
 
 
 def _document(profile: DeviceProfile) -> dict[str, Any]:
@@ -164,28 +158,28 @@ def _figures(profile: DeviceProfile) -> list[tuple[str, Figure]]:
     return found
 
 
-def _show(profile: DeviceProfile, console: Console) -> None:
-    console.print(f"{profile.name}: {profile.title}", style="bold", markup=False)
-    console.print(profile.summary, markup=False)
-    console.print(
-        f"CPU: {_cores(profile)}; {' '.join(sorted(profile.isa)) or 'features unknown'}", markup=False
-    )
+def _show(profile: DeviceProfile, out: Console) -> None:
+    out.print(plain(f"{profile.name}: {profile.title}"), style="bold")
+    out.print(plain(profile.summary))
+    out.print(plain(f"CPU: {_cores(profile)}; {' '.join(sorted(profile.isa)) or 'features unknown'}"))
     table = Table(Column("figure", overflow="fold"), "value", "basis", "source")
     for field, figure in _figures(profile):
-        table.add_row(_plain(field), f"{figure.value:g}", figure.basis, _plain(figure.source))
-    console.print(table)
+        table.add_row(plain(field), f"{figure.value:g}", figure.basis, plain(figure.source))
+    out.print(table)
     runtimes = Table("runtime", "newest", "Python", "opset", "providers, preferred first")
     for entry in profile.runtimes:
         providers = ", ".join(entry.execution_providers)
-        runtimes.add_row(entry.backend, entry.newest_version, entry.python, _opset(entry), _plain(providers))
-    console.print(runtimes)
+        cells = (entry.backend, entry.newest_version, entry.python, _opset(entry), providers)
+        runtimes.add_row(*map(plain, cells))
+    out.print(runtimes)
     for listing in (_accelerators(profile), _precisions(profile), _limits(profile), _modes(profile)):
         if listing.row_count:
-            console.print(listing)
-    console.print(
-        f"A model may take {profile.memory_budget_bytes / 1e6:.0f} MB; {profile.default_threads} threads; "
-        f"context {profile.export.context_tokens} tokens.",
-        markup=False,
+            out.print(listing)
+    out.print(
+        plain(
+            f"A model may take {profile.memory_budget_bytes / 1e6:.0f} MB;"
+            f" {profile.default_threads} threads; context {profile.export.context_tokens} tokens."
+        )
     )
 
 
@@ -193,21 +187,22 @@ def _accelerators(profile: DeviceProfile) -> Table:
     table = Table("accelerator", "kind", "precisions", "decoder LMs", "driven by")
     for entry in profile.accelerators:
         runs = "yes" if entry.runs_decoder_lm else "no"
-        table.add_row(entry.name, entry.kind, ", ".join(entry.precisions), runs, _plain(entry.runtime))
+        cells = (entry.name, entry.kind, ", ".join(entry.precisions), runs, entry.runtime)
+        table.add_row(*map(plain, cells))
     return table
 
 
 def _precisions(profile: DeviceProfile) -> Table:
     table = Table("task", "on", "weights that run")
     for row in profile.precisions:
-        table.add_row(row.task, _plain(row.processor), ", ".join(row.weights))
+        table.add_row(*map(plain, (row.task, row.processor, ", ".join(row.weights))))
     return table
 
 
 def _limits(profile: DeviceProfile) -> Table:
     table = Table("cannot", "why", "instead")
     for limit in profile.cannot:
-        table.add_row(_plain(limit.what), _plain(limit.why), _plain(limit.instead))
+        table.add_row(plain(limit.what), plain(limit.why), plain(limit.instead))
     return table
 
 
@@ -216,7 +211,7 @@ def _modes(profile: DeviceProfile) -> Table:
     for mode in profile.power.modes:
         default = " (default)" if mode.name == profile.power.default_mode else ""
         limit = "–" if mode.limit_w is None else f"{mode.limit_w.value:g} W"
-        table.add_row(_plain(mode.name) + default, limit, _plain(mode.clock_notes))
+        table.add_row(plain(mode.name) + default, limit, plain(mode.clock_notes))
     return table
 
 
@@ -226,18 +221,15 @@ def _opset(entry: Runtime) -> str:
     return f"{entry.export_opset} (accepts {entry.accepted_opset})"
 
 
-def _show_state(state: MachineState, console: Console) -> None:
+def _show_state(state: MachineState, out: Console) -> None:
     hot = "–"
     if state.temperature_c is not None:
         hot = f"{state.temperature_c:.0f} °C ({state.temperature_zone})"
     throttling = "–" if state.throttling is None else ", ".join(state.throttling) or "none"
-    console.print(
-        f"Now: temperature {hot}; governor {state.governor or '–'}; power mode {state.power_mode or '–'}; "
-        f"throttling {throttling}; onnxruntime {state.onnxruntime_version or 'not installed'}",
-        markup=False,
+    out.print(
+        plain(
+            f"Now: temperature {hot}; governor {state.governor or '–'};"
+            f" power mode {state.power_mode or '–'}; throttling {throttling};"
+            f" onnxruntime {state.onnxruntime_version or 'not installed'}"
+        )
     )
-
-
-def _plain(text: str) -> str:
-    """Text for a rich table cell, its brackets not taken for markup."""
-    return text.replace("[", r"\[")

@@ -8,11 +8,11 @@ from typing import Any
 
 from edge_reasoner.chat.model import Usage
 from edge_reasoner.cloud.base import CloudLimits, CloudResult
-from edge_reasoner.cloud.faults import fix_surrogates, one_line
+from edge_reasoner.cloud.faults import fix_surrogates
 from edge_reasoner.cloud.parts import Part
 from edge_reasoner.cloud.redact import PieceRedactor, Redactor
 from edge_reasoner.engine.stopping import StopMatcher
-from edge_reasoner.errors import CloudProtocolError
+from edge_reasoner.errors import CloudProtocolError, one_line
 
 
 class AnswerUnderWay:

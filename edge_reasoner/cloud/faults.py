@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from edge_reasoner.errors import one_line
+
+#: of what an endpoint says, this much is shown
 _MAX_SHOWN_CHARS = 200
 _MAX_DEPTH = 6
 _MAX_DIGITS = 40
@@ -27,7 +30,8 @@ class Fault:
     @property
     def shown(self) -> str:
         """ ": MESSAGE" in one line of bounded length, or nothing."""
-        text = one_line(self.message) or one_line(fix_surrogates(", ".join(self.codes)))
+        codes = fix_surrogates(", ".join(self.codes))
+        text = one_line(self.message, _MAX_SHOWN_CHARS) or one_line(codes, _MAX_SHOWN_CHARS)
         return f": {text}" if text else ""
 
 
@@ -64,12 +68,6 @@ def fault_of(value: Any) -> Fault:
     codes = dict.fromkeys(text.lower() for kind, text in found if kind == "code")
     message = fix_surrogates("; ".join(dict.fromkeys(texts)))
     return Fault(message, tuple(parameters), tuple(codes))
-
-
-def one_line(text: str, max_chars: int = _MAX_SHOWN_CHARS) -> str:
-    """`text` in one line without control characters, cut to `max_chars`."""
-    words = "".join(char if char.isprintable() else " " for char in text[: 20 * max_chars]).split()
-    return " ".join(words)[:max_chars]
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

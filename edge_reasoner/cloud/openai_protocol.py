@@ -13,14 +13,14 @@ from edge_reasoner.chat.thinking import Split, ThinkingSplitter
 from edge_reasoner.cloud.answer import AnswerUnderWay
 from edge_reasoner.cloud.base import CloudOptions, CloudResult, CloudStream
 from edge_reasoner.cloud.dialect import MAX_REPAIRS, Dialect, encode, request_body
-from edge_reasoner.cloud.faults import Fault, one_line, parse_fault
+from edge_reasoner.cloud.faults import Fault, parse_fault
 from edge_reasoner.cloud.model_list import ListedModel, first_chat_model
 from edge_reasoner.cloud.pump import pumped
 from edge_reasoner.cloud.redact import scrubbed, shown_url
 from edge_reasoner.cloud.replies import read_answer
 from edge_reasoner.cloud.retry import RetryError, is_passing, retry_after_s
 from edge_reasoner.cloud.transport import Reply, Transport
-from edge_reasoner.errors import CloudError, CloudProtocolError, CloudUnavailableError, InputError
+from edge_reasoner.errors import CloudError, CloudProtocolError, CloudUnavailableError, InputError, one_line
 
 _MAX_MODEL_LIST_BYTES = 16 * 1024 * 1024
 _MAX_FAULT_BYTES = 64 * 1024

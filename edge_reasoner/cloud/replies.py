@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 
 from edge_reasoner.cloud.answer import AnswerUnderWay
 from edge_reasoner.cloud.base import CloudLimits
-from edge_reasoner.cloud.faults import Fault, one_line, parse_fault
+from edge_reasoner.cloud.faults import Fault, parse_fault
 from edge_reasoner.cloud.parts import EndpointFailedError, parse_part
 from edge_reasoner.cloud.sse import Event, read_events
-from edge_reasoner.errors import CloudProtocolError, CloudUnavailableError
+from edge_reasoner.errors import CloudProtocolError, CloudUnavailableError, one_line
 
 _BOM = b"\xef\xbb\xbf"
 _PINGS = frozenset(("ping", "heartbeat", "keepalive", "keep-alive"))

@@ -15,11 +15,10 @@ import httpx
 
 from edge_reasoner.cloud.base import CloudOptions
 from edge_reasoner.cloud.encodings import unpacked
-from edge_reasoner.cloud.faults import one_line
 from edge_reasoner.cloud.proxies import is_loopback, proxy_for
 from edge_reasoner.cloud.redact import Redactor, is_telling, shown_url
 from edge_reasoner.cloud.retry import RetryError
-from edge_reasoner.errors import CloudError, CloudUnavailableError, InputError
+from edge_reasoner.errors import CloudError, CloudUnavailableError, InputError, one_line
 
 _ENDPOINT_PATHS = ("/chat/completions", "/completions", "/models")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -90,16 +89,16 @@ class Transport:
             what = "connection" if isinstance(error, (httpx.ConnectTimeout, httpx.PoolTimeout)) else "data"
             raise RetryError(CloudUnavailableError(f"{self.url}: timed out waiting for {what}")) from error
         except httpx.ProxyError as error:
-            text = f"{self.url}: the proxy refused: {one_line(str(error))}"
+            text = f"{self.url}: the proxy refused: {one_line(error)}"
             raise RetryError(CloudUnavailableError(text)) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             # a connection closed in mid-answer arrives here too: worth another attempt
             kind = "broken reply: " if isinstance(error, httpx.RemoteProtocolError) else ""
-            said = one_line(str(error)) or type(error).__name__
+            said = one_line(error)
             raise RetryError(CloudUnavailableError(f"{self.url}: {kind}{said}")) from error
         except (UnicodeError, OverflowError) as error:
             # a host name that no resolver takes
-            raise CloudUnavailableError(f"{self.url}: not a host and port: {one_line(str(error))}") from error
+            raise CloudUnavailableError(f"{self.url}: not a host and port: {one_line(error)}") from error
 
     def close(self) -> None:
         """Closes connections. Idempotent."""
@@ -180,7 +179,7 @@ class Transport:
                 for name, value in (("SSL_CERT_FILE", file), ("SSL_CERT_DIR", folder))
                 if value
             ]
-            text = f"{' '.join(given) or 'the certificates'} cannot be used: {one_line(str(error))}"
+            text = f"{' '.join(given) or 'the certificates'} cannot be used: {one_line(error)}"
             raise CloudUnavailableError(f"{self.url}: {text}") from error
 
     def _proxy(self) -> tuple[str, str] | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
@@ -24,12 +25,13 @@ from edge_export.plan.target import MIN_CONTEXT_TOKENS
 from edge_export.progress import Progress
 from edge_export.quantize import DEFAULT_QUANTIZER, QUANTIZERS, quantizer_names
 from edge_reasoner._version import __version__
-from edge_reasoner.errors import EdgeReasonerError, InputError
+from edge_reasoner.errors import EdgeReasonerError, InputError, one_line, printable
 from edge_reasoner.machine.allowance import allowance
 from edge_reasoner.machine.cache_dir import default_cache_dir
 
 _INTERRUPTED = 130
 _MAX_THREADS = 1024
+_MAX_LINE_CHARS = 4000
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -148,7 +150,7 @@ def _export_all(
         with _progress() as hook:
             report = export(model, board, target, options, hook, cache=cache)
         if report.reused:
-            click.echo(f"reused from {cache}: {', '.join(report.reused)}", err=True)
+            _say(f"reused from {cache}: {', '.join(report.reused)}")
         yield report
 
 
@@ -179,19 +181,19 @@ def _target(model: str, board: str, out: Path | None, count: int) -> Path:
 @contextmanager
 def _progress() -> Iterator[Progress]:
     """A progress bar on stderr, where that is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("opening", total=None)
 
         def hook(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
+            bar.update(task, description=one_line(what), completed=done, total=total)
 
         yield hook
 
 
 def _print_report(report: Any) -> None:
-    console = Console()
+    console = Console(emoji=False)
     table = Table(show_header=False, box=None)
     facts: dict[str, Any] = {"profile": report.profile, "recipe": report.plan.get("recipe")}
     facts |= {name: f"{value / 1e6:.1f} MB" for name, value in report.sizes.items()}
@@ -202,16 +204,21 @@ def _print_report(report: Any) -> None:
     if report.plan.get("units"):
         facts["formats"] = _formats(report.plan["units"])
     for name, value in facts.items():
-        table.add_row(name, str(value))
+        table.add_row(*(escape(printable(str(text))) for text in (name, value)))
     console.print(table)
     for note in report.plan.get("notes", ()):
-        click.echo(f"note: {note}", err=True)
+        _say(f"note: {note}")
     for warning in report.warnings:
-        click.echo(f"warning: {_in_flags(warning)}", err=True)
+        _say(f"warning: {_in_flags(warning)}")
     if report.bundle is None:
         click.echo("dry run: nothing was written")
     else:
-        click.echo(f"{report.bundle} ({report.seconds:.0f} s)")
+        click.echo(printable(f"{report.bundle} ({report.seconds:.0f} s)"))
+
+
+def _say(text: str) -> None:
+    """One line on standard error; names and messages of strangers are in it."""
+    click.echo(one_line(text, _MAX_LINE_CHARS), err=True)
 
 
 def _formats(units: list[dict[str, Any]]) -> str:
@@ -260,18 +267,19 @@ def main(arguments: list[str] | None = None) -> int:
 def _status(error: BaseException, interrupted: bool) -> int:
     """Says in one line what ended the program; raises what it has no words for."""
     if interrupted or isinstance(error, click.Abort):
-        click.echo("interrupted; nothing was written", err=True)
+        _say("interrupted; nothing was written")
         return _INTERRUPTED
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, click.ClickException):
-        click.echo(f"edge-export: {error.format_message()}", err=True)
+        _say(f"edge-export: {error.format_message()}")
         return 2
     if isinstance(error, EdgeReasonerError):
-        click.echo(f"edge-export: {_in_flags(str(error))}", err=True)
+        _say(f"edge-export: {_in_flags(str(error))}")
         return error.exit_status
     if isinstance(error, OSError):
-        click.echo(f"edge-export: {error.filename or ''}: {error.strerror or error}", err=True)
+        where = f"{error.filename}: " if error.filename else ""
+        _say(f"edge-export: {where}{error.strerror or error}")
         return 1
     raise error
 

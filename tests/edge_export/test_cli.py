@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,21 @@ def test_models_that_cannot_be_used(make, words, tmp_path, capfd):
     assert captured.out == "" and captured.err.count("\n") == 1
     assert captured.err.startswith("edge-export: ") and words in captured.err
     assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
+
+
+def test_names_do_not_steer_the_terminal(model, tmp_path, capfd):
+    """Escape sequences, direction overrides and markup in names arrive as text, in errors and in the plan."""
+    evil = tmp_path / "\x1b]0;t\x07 \x9b31m \u202e[red]x[/red] [/] :skull:"
+    assert run(evil, *BOARD, "--out", tmp_path / "out") == 2
+    refused = capfd.readouterr().err
+    shutil.copytree(model, evil)
+    assert (
+        run(evil, *BOARD, "--out", tmp_path / "out", "--dry-run", "--cache", "off", "--recipe", "fp32") == 0
+    )
+    planned = capfd.readouterr()
+    for text in (refused, planned.out, planned.err):
+        assert not set("\x1b\x07\x9b\u202e") & set(text)
+    assert "[red]x[/red] [/] :skull:" in refused and refused.count("\n") == 1
 
 
 @pytest.mark.parametrize(

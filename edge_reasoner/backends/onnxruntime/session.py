@@ -15,7 +15,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edge_reasoner.backends.onnxruntime.session_options import check_session_options
-from edge_reasoner.errors import BackendError, BundleError, InputError
+from edge_reasoner.errors import BackendError, BundleError, InputError, one_line
 from edge_reasoner.machine.quiet import silence_telemetry
 
 silence_telemetry(os.environ)  # the library reads it while it is imported: no later place is early enough
@@ -103,12 +103,7 @@ def library_errors(doing: str) -> Iterator[None]:
         yield
     except _BAD_GRAPH_ERRORS as error:
         raise BundleError(
-            f"{doing}: onnxruntime {runtime_version()} refuses it: {_one_line(error)}"
+            f"{doing}: onnxruntime {runtime_version()} refuses it: {one_line(error)}"
         ) from error
     except _LIBRARY_ERRORS as error:
-        raise BackendError(f"{doing}: onnxruntime {runtime_version()} failed: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else text[:399] + "…"
+        raise BackendError(f"{doing}: onnxruntime {runtime_version()} failed: {one_line(error)}") from error

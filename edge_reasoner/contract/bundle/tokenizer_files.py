@@ -16,7 +16,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from edge_reasoner.errors import BundleError, InputError
+from edge_reasoner.errors import BundleError, InputError, one_line
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -76,4 +76,4 @@ def tokenizer_faults(where: str, kind: type[InputError]) -> Iterator[None]:
         bare = type(error) is Exception or isinstance(error, (TypeError, ValueError, OverflowError))
         if not bare and type(error).__name__ != "PanicException":
             raise
-        raise kind(f"{where}: not a usable tokenizer: {' '.join(str(error).split())[:300]}") from error
+        raise kind(f"{where}: not a usable tokenizer: {one_line(error)}") from error

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from edge_reasoner.contract.profile.schema import DeviceProfile, allowed_values
-from edge_reasoner.errors import ProfileError
+from edge_reasoner.errors import ProfileError, one_line
 from edge_reasoner.files import decode_text, read_bytes
 
 #: A profile file larger than this is refused before it is parsed.
@@ -65,13 +65,13 @@ def parse_profile(data: bytes, where: str) -> DeviceProfile:
     except RecursionError as error:
         raise ProfileError(f"{where}: nested too deeply") from error
     except ValueError as error:  # tomllib.TOMLDecodeError, and numbers too long for int()
-        raise ProfileError(f"{where}: not valid TOML: {_one_line(error)}") from error
+        raise ProfileError(f"{where}: not valid TOML: {one_line(error)}") from error
     if _deeper_than(tree, MAX_DEPTH):
         raise ProfileError(f"{where}: nested too deeply (at most {MAX_DEPTH} levels)")
     try:
         profile = msgspec.convert(tree, DeviceProfile, strict=True)
     except (msgspec.ValidationError, OverflowError) as error:
-        raise ProfileError(f"{where}: {_explain(_one_line(error))}") from error
+        raise ProfileError(f"{where}: {_explain(one_line(error))}") from error
     return profile.check(where)
 
 
@@ -106,11 +106,6 @@ def _unknown(text: str, names: tuple[str, ...]) -> str:
     shown = text if len(text) <= 80 else text[:77] + "…"
     hint = f"nearest: {', '.join(near)}" if near else f"allowed: {', '.join(names)}"
     return f"unknown profile {shown!r}; {hint}; or give the path of a .toml file"
-
-
-def _one_line(error: BaseException) -> str:
-    line = " ".join(str(error).split())
-    return line if len(line) <= 300 else line[:297] + "…"
 
 
 def _explain(message: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import jinja2
 
 from edge_reasoner.contract.template.guard import GuardedEnvironment
-from edge_reasoner.errors import TemplateError
+from edge_reasoner.errors import TemplateError, one_line
 
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_TEMPLATE_BYTES = 256 * 1024
@@ -22,7 +22,6 @@ MAX_TEMPLATE_BYTES = 256 * 1024
 MAX_OUTPUT_CHARS = 4_000_000
 MAX_MESSAGES = 2_000
 _MAX_DATE_FORMAT_CHARS = 100
-_MAX_ERROR_CHARS = 300
 
 #: One chat message: `role` and `content`, and whatever else a template reads.
 Message = Mapping[str, Any]
@@ -133,8 +132,7 @@ def _raise_exception(message: object) -> NoReturn:
 def _as_template_error(error: BaseException) -> TemplateError:
     if isinstance(error, RecursionError):
         return TemplateError("chat template: nested too deeply")
-    text = " ".join(str(error).split()) or type(error).__name__
     line = getattr(error, "lineno", None)
     where = f"chat template, line {line}" if isinstance(line, int) else "chat template"
     kind = TemplateRefusedError if isinstance(error, _RefusedError) else TemplateError
-    return kind(f"{where}: {text[:_MAX_ERROR_CHARS]}")
+    return kind(f"{where}: {one_line(error)}")

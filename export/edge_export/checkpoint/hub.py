@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from edge_reasoner.errors import CheckpointError
+from edge_reasoner.errors import CheckpointError, one_line
 from edge_reasoner.machine.quiet import silence_telemetry
 
 silence_telemetry(os.environ)  # the library reads it while it is imported: no later place is early enough
@@ -63,7 +63,6 @@ def resolve_model(model: str) -> Path:
             f"{model}: not a local path, not in the Hub's cache, and the Hub cannot be reached"
         ) from error
     except _HUB_FAILURES as error:
-        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{model}: not a local path, and the Hub did not deliver it: {reason}"
+            f"{model}: not a local path, and the Hub did not deliver it: {one_line(error, 200)}"
         ) from error

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from edge_export.stages.values import Measured, Reported, Run
+from edge_reasoner.errors import printable
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem;color:#1d2330}
@@ -63,7 +64,8 @@ def render_report(
         f"<h2>Precision of each unit</h2>{_precision_map(plan_units)}"
         f"<h2>Warnings</h2><ul>{notes}</ul></html>\n"
     )
-    return page.encode("utf-8")
+    # a folder's name may be no Unicode; nothing in it may turn the text around
+    return printable(page).encode("utf-8", "replace")
 
 
 def _shown(value: Any) -> str:

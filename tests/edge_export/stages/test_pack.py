@@ -122,6 +122,12 @@ def test_report_escapes_what_the_model_says(tmp_path):
     assert parsed.tags.count("rect") == 3 and "loss 0.25 nats" in parsed.text
 
 
+def test_report_of_a_name_that_is_no_text():
+    """A folder's name in another encoding, controls and direction overrides: the page is UTF-8 text still."""
+    page = render_report("a\udcffb\u202ec\x1bd", {}, [], []).decode("utf-8")
+    assert "a?b\ufffdc\ufffdd" in page
+
+
 def test_report_without_units_or_warnings():
     """An encoder's report has no map of layers; no warnings are said to be none."""
     page = render_report("t", {}, [], []).decode("utf-8")

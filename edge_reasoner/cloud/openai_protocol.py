@@ -95,28 +95,28 @@ class OpenAIModel:
         """The answer as its reader sees it: within the total time, cancellable, errors without secrets."""
         end_s = self._clock() + self._limits.total_s
         answer = AnswerUnderWay(self._transport.answer_redactor, self._limits, self._clock)
-        source = pumped(
-            self._tried(request, end_s, answer),
-            deadline_s=lambda: min(end_s, answer.settled_s),
-            clock=self._clock,
-            late=lambda: self._late(answer),
-            cancellation=cancellation,
+        texts = PulledStream(
+            pumped(
+                self._tried(request, end_s, answer),
+                deadline_s=lambda: min(end_s, answer.settled_s),
+                clock=self._clock,
+                late=lambda: self._late(answer),
+                cancelled=answer.cancelled,
+                cancellation=cancellation,
+            )
         )
         splitter = ThinkingSplitter()
         try:
-            while True:
-                try:
-                    text = splitter.push(next(source))
-                except StopIteration as end:
-                    if rest := splitter.finish():
-                        yield rest
-                    return _split(end.value or answer.cancelled(), splitter.split())
-                if text:
+            for received in texts:
+                if text := splitter.push(received):
                     yield text
+            if rest := splitter.finish():
+                yield rest
+            return _split(texts.result(), splitter.split())
         except CloudError as error:
             failed = scrubbed(error, self._transport.redactor)
         finally:
-            source.close()
+            texts.close()
         # outside of the handler: what a secret was cut out of must not hang on it as its context
         raise failed
 

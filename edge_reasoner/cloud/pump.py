@@ -10,12 +10,8 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Generator
-from typing import TypeVar
 
-from edge_reasoner.chat.model import Cancellation
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+from edge_reasoner.chat.model import Cancellation, PieceT, PulledStream, ResultT
 
 _QUEUE_ITEMS = 256
 _POLL_S = 0.1
@@ -34,15 +30,16 @@ class _Waker:
 
 
 def pumped(
-    source: Generator[Item, None, Result],
+    source: Generator[PieceT, None, ResultT],
     *,
     deadline_s: Callable[[], float],
     clock: Callable[[], float],
-    late: Callable[[], Result],
+    late: Callable[[], ResultT],
+    cancelled: Callable[[], ResultT],
     cancellation: Cancellation,
-) -> Generator[Item, None, Result | None]:
+) -> Generator[PieceT, None, ResultT]:
     """Yields what `source` yields and returns what it returns; at the deadline returns or raises what `late`
-    does; None at once when cancelled. The deadline is asked for anew after every item.
+    does, and when cancelled what `cancelled` does, at once. The deadline is asked for anew after every item.
 
     `source` runs in a daemon thread. When the consumer stops, `source` is closed at its next item; a source
     that is stuck in a system call is left to that call's own end.
@@ -66,13 +63,15 @@ def pumped(
                 return value  # type: ignore[return-value]  # the queue carries several kinds of value
             if kind == "item":
                 yield value  # type: ignore[misc]
-        return None
+        return cancelled()
     finally:
         abandoned.set()
 
 
 def _run(
-    source: Generator[Item, None, Result], items: queue.Queue[tuple[str, object]], abandoned: threading.Event
+    source: Generator[PieceT, None, ResultT],
+    items: queue.Queue[tuple[str, object]],
+    abandoned: threading.Event,
 ) -> None:
     def put(kind: str, value: object) -> bool:
         while not abandoned.is_set():
@@ -83,16 +82,13 @@ def _run(
             return True
         return False
 
+    stream = PulledStream(source)
     try:
-        while True:
-            try:
-                item = next(source)
-            except StopIteration as end:
-                put("result", end.value)
-                return
+        for item in stream:
             if not put("item", item):
                 return
+        put("result", stream.result())
     except BaseException as error:  # noqa: BLE001  # a thread's edge: the consumer raises it
         put("error", error)
     finally:
-        source.close()
+        stream.close()

@@ -8,8 +8,8 @@
 # tests for each CPU.
 #
 # Unit tests left out, as they say nothing about ARM or are too slow under emulation: cloud/, server/, cli/ (sockets
-# and text; their time limits are those of a real machine), profile/ but for the ISA probe and state (pure Python over
-# TOML, and a bandwidth probe that takes a minute), engine/test_sampling.py's statistics, test_reasoner.py (fakes and
+# and text; their time limits are those of a real machine), contract/ (pure Python), machine/ but for the ISA probe (a
+# bandwidth probe that takes a minute), engine/test_sampling.py's statistics, test_reasoner.py (fakes and
 # loopback servers). Tests that need torch or transformers skip themselves.
 set -euo pipefail
 
@@ -17,7 +17,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 checkout=$(cd "$here/../.." && pwd)
 unit_time_out_s=900
 bundle_time_out_s=900
-unit_tests=(tests/edge_reasoner/backends tests/edge_reasoner/bundle tests/edge_reasoner/preprocess
+unit_tests=(tests/edge_reasoner/backends tests/edge_reasoner/activation tests/edge_reasoner/preprocess
   tests/edge_reasoner/machine/test_isa.py tests/edge_reasoner/engine/test_tokens.py
   tests/edge_reasoner/engine/test_generate.py)
 

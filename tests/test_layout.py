@@ -71,7 +71,7 @@ def test_the_drawing_is_what_the_contracts_enforce(package, folder):
 
 
 def test_the_exporters_list_is_an_allow_list():
-    """What is not forbidden to the exporter is just what it may use: a new room is forbidden until it is named."""
+    """What is not forbidden to the exporter is what it may use: a new room has to be named."""
     contract = next(c for c in contracts() if c.get("source_modules") == ["edge_export"])
     forbidden = {name.removeprefix("edge_reasoner.") for name in contract["forbidden_modules"]}
     rooms = {name.removesuffix(".py").rstrip("/") for name in on_disk(ROOT / "edge_reasoner")}

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Generator
 
 from edge_reasoner.chat.model import Cancellation, PieceT, PulledStream, ResultT
+from edge_reasoner.errors import CloudUnavailableError
 
 _QUEUE_ITEMS = 256
 _POLL_S = 0.1
@@ -42,13 +43,18 @@ def pumped(
     does, and when cancelled what `cancelled` does, at once. The deadline is asked for anew after every item.
 
     `source` runs in a daemon thread. When the consumer stops, `source` is closed at its next item; a source
-    that is stuck in a system call is left to that call's own end.
+    that is stuck in a system call is left to that call's own end. Raises CloudUnavailableError where there is
+    no thread to be had.
     """
     items: queue.Queue[tuple[str, object]] = queue.Queue(_QUEUE_ITEMS)
     abandoned = threading.Event()
-    threading.Thread(
+    thread = threading.Thread(
         target=_run, args=(source, items, abandoned), name="edge-reasoner-cloud", daemon=True
-    ).start()
+    )
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise CloudUnavailableError(f"no thread for the request could be started: {error}") from error
     cancellation.follow(_Waker(items))
     try:
         while not cancellation.wanted:

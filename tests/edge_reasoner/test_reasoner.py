@@ -125,6 +125,22 @@ def test_handed_over_whole_answer_is_the_fallback() -> None:
         assert (answer.source, answer.usage.completion_tokens) == ("degraded", 8)
 
 
+def test_no_thread_for_the_cloud_degrades(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system gives no thread for the request, the device answers, with the cause."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if "cloud" in thread.name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with hostile_cloud(send(GOOD)) as server, _reasoner(server.url) as reasoner:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        answer = reasoner.ask(HARD)
+        assert (answer.text, answer.source) == ("the fox", "degraded")
+        assert "can't start new thread" in answer.note
+
+
 def test_modes() -> None:
     """local never asks, offline marks what it would have asked, cloud only asks."""
     with hostile_cloud(send(GOOD)) as server, _reasoner(server.url) as reasoner:

@@ -107,6 +107,28 @@ def test_session_keeps_the_cache(smollm2_bundle, cache_dir):
         assert answer.usage.cached_tokens > 10
 
 
+def test_what_was_asked_before_changes_no_answer(smollm2_bundle, cache_dir):
+    """Text, confidence and decision are the same, bit for bit, with a warm prefix and without."""
+    system = {
+        "role": "system",
+        "content": "You are a careful assistant that answers in one short sentence. " * 4,
+    }
+    chats = [[system, {"role": "user", "content": text}] for text in (EASY, "What is the capital of Peru?")]
+
+    def opened():
+        return Reasoner.open(smollm2_bundle, mode="local", threads=2, cache_dir=cache_dir)
+
+    cold = []
+    for chat in chats:
+        with opened() as reasoner:
+            cold.append(reasoner.ask(chat, max_tokens=24))
+    with opened() as reasoner:
+        warm = [reasoner.ask(chat, max_tokens=24) for chat in (*chats, *chats)]
+    assert [answer.usage.cached_tokens > 0 for answer in (*cold, *warm)] == [False] * 3 + [True] * 3
+    for one, other in zip([*cold, *cold], warm, strict=True):
+        assert (one.text, one.confidence, one.decision) == (other.text, other.confidence, other.decision)
+
+
 def test_the_same_input_gives_the_same_bytes(smollm2_gguf, tmp_path):
     """Two exports of a real model are equal to the byte (the recipe without calibration, for speed)."""
     from edge_export.options import ExportOptions

@@ -55,11 +55,10 @@ class BenchOptions:
         limits = {"prompt_tokens": 1 << 20, "new_tokens": 1 << 20, "repeats": MAX_REPEATS}
         for name, most in limits.items():
             if not 1 <= getattr(self, name) <= most:
-                option = name.replace("_", "-").removesuffix("s" if name == "repeats" else "")
-                raise InputError(f"--{option}: {getattr(self, name)} is not allowed; give 1 to {most}")
+                raise InputError(f"{name}={getattr(self, name)} is not allowed; give 1 to {most}")
         if self.concurrency != 1:
             raise InputError(
-                f"--concurrency: {self.concurrency} is not allowed; one answer is computed at a time,"
+                f"concurrency={self.concurrency} is not allowed; one answer is computed at a time,"
                 " so only 1 can be measured"
             )
 
@@ -196,8 +195,8 @@ def _context_tokens(spec: DecoderSpec, options: BenchOptions) -> int:
     needed = options.prompt_tokens + options.new_tokens
     if needed > spec.context_tokens:
         raise InputError(
-            f"--prompt-tokens and --new-tokens: {needed} tokens together; this model's context is"
-            f" {spec.context_tokens}"
+            f"prompt_tokens={options.prompt_tokens} and new_tokens={options.new_tokens}: {needed} tokens"
+            f" together; this model's context is {spec.context_tokens}"
         )
     return min(spec.context_tokens, max(needed, DEFAULT_CONTEXT_TOKENS))
 

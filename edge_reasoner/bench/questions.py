@@ -114,12 +114,10 @@ def _question(row: Mapping[str, Any], metric: str, line: int, where: str) -> Que
         raise InputError(f"{where}: {field}: a text that is not empty is needed")
     if "choices" in row:
         if metric not in ("auto", "choice"):
-            raise InputError(
-                f"{where}: has choices; --metric {metric} needs an answer text (allowed: choice)"
-            )
+            raise InputError(f"{where}: has choices; metric={metric} needs an answer text (allowed: choice)")
         return _choice_question(row, text, _context(text, field), line, where)
     if metric == "choice":
-        raise InputError(f"{where}: choices: missing; --metric choice needs them")
+        raise InputError(f"{where}: choices: missing; metric=choice needs them")
     return _open_question(row, metric, text, line, where)
 
 
@@ -154,7 +152,7 @@ def _open_question(row: Mapping[str, Any], metric: str, text: str, line: int, wh
     expected = answer.rpartition("####")[2].strip()
     numeric = last_number(expected) is not None
     if metric == "number" and not numeric:
-        raise InputError(f"{where}: answer: no number in {expected[:60]!r}; --metric number needs one")
+        raise InputError(f"{where}: answer: no number in {expected[:60]!r}; metric=number needs one")
     is_number = metric == "number" or (metric == "auto" and numeric and _is_only_number(expected))
     return Question(line, text, text, "number" if is_number else "exact", expected=expected)
 

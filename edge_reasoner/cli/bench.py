@@ -31,7 +31,12 @@ _LITTLE_MEMORY_BYTES = 1 << 30
 @click.option("--new-tokens", type=int, default=128, show_default=True, help="Tokens of each answer.")
 @click.option("--concurrency", type=int, default=1, show_default=True, help="Answers at a time: only 1.")
 @click.option(
-    "--repeat", type=int, default=5, show_default=True, help="Measured runs; one more is discarded."
+    "--repeat",
+    "repeats",
+    type=int,
+    default=5,
+    show_default=True,
+    help="Measured runs; one more is discarded.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws the prompts' tokens.")
 @threads_option
@@ -41,7 +46,7 @@ def bench(
     prompt_tokens: int,
     new_tokens: int,
     concurrency: int,
-    repeat: int,
+    repeats: int,
     seed: int,
     threads: int | None,
     as_json: bool,
@@ -52,7 +57,7 @@ def bench(
 
     if seed < 0:
         raise InputError(f"--seed: {seed} is not allowed; give 0 or more")
-    options = BenchOptions(prompt_tokens, new_tokens, repeat, concurrency, seed)
+    options = BenchOptions(prompt_tokens, new_tokens, repeats, concurrency, seed)
     machine = open_machine(threads)
     opened = open_bundle_given(bundle, machine)
     with console(stderr=True).status("measuring …") as status:

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Longest generated answer.")
 @threads_option
 @json_option
-def evaluate(
+def eval_command(
     bundle: str,
     data: Path,
     limit: int | None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ DEBUG_VARIABLE = "EDGE_REASONER_DEBUG"
 _INTERRUPTED = 130
 
 #: command → where it is; imported only when it is named (or for its line in --help)
-_COMMANDS = {
+COMMAND_TABLE = {
     "ask": "edge_reasoner.cli.ask:ask",
     "batch": "edge_reasoner.cli.batch:batch",
     "bench": "edge_reasoner.cli.bench:bench",
@@ -30,7 +31,7 @@ _COMMANDS = {
     "chat": "edge_reasoner.cli.chat:chat",
     "cloud": "edge_reasoner.cli.cloud:cloud",
     "doctor": "edge_reasoner.cli.doctor:doctor",
-    "eval": "edge_reasoner.cli.eval:evaluate",
+    "eval": "edge_reasoner.cli.eval:eval_command",
     "profiles": "edge_reasoner.cli.profiles:profiles",
 }
 
@@ -47,23 +48,34 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of the commands."""
-        return sorted(_COMMANDS)
+        return sorted(COMMAND_TABLE)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of that name, imported now."""
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in COMMAND_TABLE:
             return None
-        module, _, attribute = _COMMANDS[cmd_name].partition(":")
+        module, _, attribute = COMMAND_TABLE[cmd_name].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        """As click does; an error of the library speaks of the command's flags from here on."""
+        try:
+            return super().invoke(ctx)
+        except EdgeReasonerError as error:
+            name = ctx.invoked_subcommand
+            command = None if name is None else self.get_command(ctx, name)
+            if command is not None and (text := in_flags(str(error), command)) != str(error):
+                raise type(error)(text) from error
+            raise
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click does, but an unknown name's error lists the commands there are."""
-        if args and not args[0].startswith("-") and args[0] not in _COMMANDS:
+        if args and not args[0].startswith("-") and args[0] not in COMMAND_TABLE:
             raise click.UsageError(
-                f"no such command {args[0]!r}; there are: {', '.join(sorted(_COMMANDS))}", ctx
+                f"no such command {args[0]!r}; there are: {', '.join(sorted(COMMAND_TABLE))}", ctx
             )
         return super().resolve_command(ctx, args)
 
@@ -103,6 +115,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_status, settings)
     except Exception as error:  # noqa: BLE001 - the edge: what nobody foresaw is still one line
         return _fail(_unforeseen(error), 1, settings)
+
+
+def in_flags(message: str, command: click.Command) -> str:
+    """The library speaks of parameters (`new_tokens=0 …`), a command of its flags (`--new-tokens 0 …`)."""
+    names = {parameter.name: parameter.opts[0] for parameter in command.params if parameter.opts}
+    flags = {name: flag for name, flag in names.items() if flag.startswith("--")}
+    return re.sub(
+        r"\b([a-z_]+)=(?=\S)", lambda found: f"{flags[found[1]]} " if found[1] in flags else found[0], message
+    )
 
 
 def _usage(error: click.ClickException) -> str:

@@ -41,7 +41,6 @@ STREAMING_SHARE = 0.85
 _MATRIX_ROWS = 768
 _CHUNK_BYTES = 64 * 1024 * 1024
 _MAX_THREADS = 16
-Progress = Callable[[str], None]
 
 
 class Speed(Record, frozen=True, kw_only=True):
@@ -69,7 +68,7 @@ def probe_machine(
     features: frozenset[str] | None = None,
     measure: Callable[[int, int], Speed] | None = None,
     onnxruntime_version: str | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> DeviceProfile:
     """A profile of the running machine (or of the file tree under `root`, as tests use it).
 

@@ -55,13 +55,13 @@ def test_prompts_are_exact_and_repeatable() -> None:
     ("options", "expected"),
     [
         ({"concurrency": 2}, "only 1"),
-        ({"repeats": 0}, "--repeat:"),
-        ({"prompt_tokens": 0}, "--prompt-tokens:"),
-        ({"new_tokens": -1}, "--new-tokens:"),
+        ({"repeats": 0}, "repeats=0 "),
+        ({"prompt_tokens": 0}, "prompt_tokens=0 "),
+        ({"new_tokens": -1}, "new_tokens=-1 "),
     ],
 )
 def test_senseless_options(options: dict, expected: str) -> None:
-    """Refused in one line that names the option."""
+    """Refused in one line that names the parameter."""
     with pytest.raises(InputError, match=expected):
         BenchOptions(**options)
 

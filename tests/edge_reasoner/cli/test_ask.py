@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 
 import pytest
 
@@ -156,7 +155,8 @@ def test_interrupt_is_clean(spawn, answering_bundle, command) -> None:
         process.stdin.flush()
         assert process.stdout.read(1)
     else:
-        time.sleep(0.5)
+        process.stdin.write("x" * 300_000)  # more than a pipe holds: it returns when the command reads
+        process.stdin.flush()
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in error

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -53,11 +55,19 @@ def test_bench_refusals(run, answering_bundle) -> None:
 
 def test_bench_interrupted(spawn, answering_bundle) -> None:
     """Ctrl-C during a measurement ends it and its fresh process, without a traceback."""
-    process = spawn("bench", answering_bundle, "--repeat", 1000, "--new-tokens", 500, "--json")
-    time.sleep(2)
+    master, slave = pty.openpty()
+    process = spawn("bench", answering_bundle, "--repeat", 1000, "--new-tokens", 500, "--json", stderr=slave)
+    os.close(slave)
+    shown = b""
+    while b"measuring" not in shown:  # a terminal is told what goes on
+        shown += os.read(master, 4096)
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=30)
-    assert (process.returncode, out) == (130, "") and "Traceback" not in error
+    out = process.stdout.read()
+    with contextlib.suppress(OSError):  # Linux: the other end is closed
+        while chunk := os.read(master, 4096):
+            shown += chunk
+    os.close(master)
+    assert (process.wait(timeout=30), out) == (130, "") and b"Traceback" not in shown
 
 
 def _rows(tmp_path: Path) -> Path:

@@ -19,7 +19,6 @@ from edge_reasoner.errors import InputError
 from edge_reasoner.files import read_rows
 
 Metric = Literal["choice", "number", "exact"]
-METRICS = ("auto", "choice", "number", "exact")
 MAX_CHOICES = 26
 
 #: a number as people write it: sign, thousands separators, decimals

@@ -7,7 +7,6 @@ calibration refers to it.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -127,11 +126,6 @@ class PromptFeatures:
     def numeric(self) -> dict[str, float]:
         """The numeric fields in their stable order."""
         return {name: float(v) for name, v in asdict(self).items() if not isinstance(v, str)}
-
-    @property
-    def log_words(self) -> float:
-        """ln(1 + words): lengths matter by their order of magnitude."""
-        return math.log1p(self.words)
 
 
 def extract(text: str) -> PromptFeatures:

@@ -67,7 +67,7 @@ def _raw_deflate(data: bytes) -> bytes:
         "too long": (HEAD + event("x" * 600_000) + event("x" * 600_000) + DONE, "1000000 characters"),
         "zip bomb": (
             _head("Content-Type: text/event-stream", "Content-Encoding: gzip")
-            + gzip.compress(b": no\n" * 4_000_000),
+            + gzip.compress((b": " + b"o" * 100_000 + b"\n") * 240),
             "more than 16777216 bytes",
         ),
     }.items(),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import time
+import socket
+import threading
 from pathlib import Path
 
 import pytest
+from support.hostile_cloud import GOOD, HostileCloud
 
 KEYS = {
     "text", "thinking", "source", "model", "confidence", "decision", "usage", "timings", "cost",
@@ -93,27 +95,38 @@ def test_prompt_that_does_not_fit(run, answering_bundle, tmp_path) -> None:
 
 
 def test_resumes_after_an_interrupt(spawn, run, answering_bundle, tmp_path) -> None:
-    """Ctrl-C leaves finished rows in OUT.partial only; the same command goes on and ends as one run would."""
-    source = _write(tmp_path / "in.jsonl", [{"prompt": f"say {i}"} for i in range(40)])
+    """Ctrl-C leaves finished rows in OUT.partial only; the same command asks for the others and no more."""
+    source = _write(tmp_path / "in.jsonl", [{"prompt": f"say {i}"} for i in range(8)])
     out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    command = ("batch", answering_bundle, source, out, "--max-tokens", 400)
-    process = spawn(*command)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (partial.exists() and partial.read_bytes().count(b"\n") > 2):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in error and not out.exists()
-    kept = partial.read_bytes()
-    assert kept.endswith(b"\n") and 2 < kept.count(b"\n") < 41
-    partial.write_bytes(kept + b'{"id": 39, "text": "to')  # a crash in mid-write
-    refused = run("batch", answering_bundle, source, out, "--max-tokens", 401).fails_in_one_line(2)
-    assert "another run" in refused
-    summary = json.loads(run(*command, "--json").out)
-    assert summary["resumed"] == kept.count(b"\n") - 1 and not partial.exists()
-    whole = tmp_path / "whole.jsonl"
-    run("batch", answering_bundle, source, whole, "--max-tokens", 400)
-    assert [row["text"] for row in _read(out)] == [row["text"] for row in _read(whole)]
+    asked, go_on = threading.Semaphore(0), threading.Event()
+
+    def act(connection: socket.socket) -> None:
+        asked.release()
+        if len(server.requests) > 3:
+            go_on.wait(60)
+        connection.sendall(GOOD)
+
+    server = HostileCloud(act)
+    try:
+        command = ("batch", answering_bundle, source, out, "--mode", "cloud", "--cloud", server.url)
+        command += ("--cloud-model", "m", "--max-tokens", 40)
+        process = spawn(*command)
+        assert all(asked.acquire(timeout=60) for _ in range(4))
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+        assert process.returncode == 130 and "Traceback" not in error and not out.exists()
+        kept = partial.read_bytes()
+        assert kept.endswith(b"\n") and kept.count(b"\n") == 4  # the run's name and three rows
+        partial.write_bytes(kept + b'{"id": 7, "text": "to')  # a crash in mid-write
+        refused = run(*command[:-1], 41).fails_in_one_line(2)
+        assert "another run" in refused
+        go_on.set()
+        summary = json.loads(run(*command, "--json").out)
+    finally:
+        go_on.set()
+        server.close()
+    assert summary["resumed"] == 3 and not partial.exists() and len(server.requests) == 4 + 5
+    assert [(row["id"], row["text"]) for row in _read(out)] == [(i, "Hello") for i in range(8)]
 
 
 def test_cloud_failure_keeps_what_is_done(run, answering_bundle, cloud_url, tmp_path) -> None:

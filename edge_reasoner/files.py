@@ -57,6 +57,17 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
         raise
 
 
+def utf8_path(path: Path, *, error: ErrorType = InputError) -> str:
+    """The path for a library that takes UTF-8 only, whatever the locale made of it. Raises `error`: its bytes
+    are not UTF-8."""
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise error(
+            f"{path}: the name is not UTF-8, which what reads this file needs; rename it"
+        ) from problem
+
+
 def read_bytes(
     path: Path, limit_bytes: int, *, error: ErrorType = InputError, regular: bool = False
 ) -> bytes:

@@ -139,11 +139,12 @@ def open_machine(threads: int | None) -> Machine:
 
 
 def check_text(text: str, what: str) -> str:
-    """`text` if it is Unicode and not blank. Raises InputError."""
+    """`text`, as typed on the command line, if it is UTF-8 (whatever the locale) and not blank. Raises
+    InputError."""
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"{what}: not valid UTF-8 at character {error.start}") from error
+        text = os.fsencode(text).decode("utf-8")
+    except UnicodeError as error:
+        raise InputError(f"{what}: not valid UTF-8 at {_place(error)}") from error
     if not text.strip():
         raise InputError(f"{what}: empty; give the text to answer")
     return text
@@ -173,3 +174,9 @@ def _price(input_usd: float | None, output_usd: float | None) -> CloudPrice | No
     if not all(0 <= value < 1e6 for value in values):
         raise InputError("--usd-per-mtok-in/-out: give dollars of 0 or more")
     return CloudPrice(*values)
+
+
+def _place(error: UnicodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start}"
+    return f"character {error.start}" if isinstance(error, UnicodeEncodeError) else "an unknown place"

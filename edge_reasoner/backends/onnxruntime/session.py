@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edge_reasoner.backends.onnxruntime.session_options import check_session_options
 from edge_reasoner.errors import BackendError, BundleError, InputError, one_line
+from edge_reasoner.files import utf8_path
 from edge_reasoner.machine.quiet import silence_telemetry
 
 silence_telemetry(os.environ)  # the library reads it while it is imported: no later place is early enough
@@ -81,8 +82,9 @@ def open_session(path: Path, provider: str, session_options: Mapping[str, str], 
         entries["session.disable_cpu_ep_fallback"] = "1"
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
+    location = utf8_path(path, error=BundleError)
     with library_errors(f"{path.name}: loading"):
-        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        session = onnxruntime.InferenceSession(location, options, providers=[provider])
         session.disable_fallback()
     if session.get_providers()[0] != provider:
         raise BackendError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -88,7 +89,7 @@ def _load_gguf(path: Path) -> DecoderCheckpoint:
         source=opened.source,
         warnings=opened.warnings,
         format="gguf",
-        name=_text(file, "general.name") or path.stem,
+        name=_text(file, "general.name") or _readable(path.stem),
         path=path,
         weights_files=opened.weights_files,
         licence=_text(file, "general.license"),
@@ -116,8 +117,13 @@ def _directory_name(path: Path) -> str:
     """The directory's name; of a Hub snapshot (…/models--owner--name/snapshots/revision), owner/name."""
     resolved = path.resolve()
     if resolved.parent.name == "snapshots":
-        return resolved.parent.parent.name.removeprefix("models--").replace("--", "/")
-    return resolved.name
+        return _readable(resolved.parent.parent.name.removeprefix("models--").replace("--", "/"))
+    return _readable(resolved.name)
+
+
+def _readable(name: str) -> str:
+    """A file name as text: UTF-8 whatever the locale, what is not UTF-8 replaced."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def find_model(path: Path) -> Path:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from edge_export.checkpoint.files import read_json
 from edge_reasoner.errors import CheckpointError
+from edge_reasoner.files import utf8_path
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -69,6 +70,7 @@ class SafetensorsFiles:
         self.files = weights_files(directory)
         self._handles: dict[str, tuple[Path, Any]] = {}
         for path in self.files:
+            utf8_path(path, error=CheckpointError)  # the library encodes the path itself
             try:
                 handle: Any = safe_open(path, framework="pt")
                 for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)

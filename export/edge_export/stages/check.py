@@ -10,13 +10,17 @@ import torch
 from tokenizers import Tokenizer
 
 from edge_export.data.texts import TextSet, calibration_text, probe_text, read_text_set, to_token_batches
+from edge_export.model.config import DecoderConfig
 from edge_export.options import ExportOptions
 from edge_export.plan.encoder import encoder_target, needs_analysis, smallest_encoder_plan
 from edge_export.plan.encoder_analysis import analysis_tokens
 from edge_export.plan.plan import check_decoder, smallest_plan
+from edge_export.plan.units import decoder_units
 from edge_export.stages.costs import decoder_cost, encoder_cost
 from edge_export.stages.values import Checked, Loaded, ModelKind, Run, Texts, extend
 from edge_reasoner.contract.profile.cost import require_fit
+from edge_reasoner.errors import InputError
+from edge_reasoner.machine.memory import total_bytes
 
 #: Calibration work grows with both: a larger model needs fewer tokens to show which inputs matter.
 _CALIBRATION_WORK: Final = 6e11
@@ -36,9 +40,28 @@ def check(run: Run, loaded: Loaded) -> Checked:
 
 def _decoder(loaded: Loaded) -> tuple[int, Texts]:
     config, board, recipe = loaded.decoder.config, loaded.board, loaded.options.recipe
+    require_memory_here(config, total_bytes())
     context = check_decoder(config, board, recipe, loaded.options.context_tokens)
     require_fit(decoder_cost(config, smallest_plan(config, board, recipe, context)), board)
     return context, _token_texts(loaded)
+
+
+def require_memory_here(config: DecoderConfig, memory_bytes: int | None) -> None:
+    """Refuses what this machine (not the board) cannot hold: the largest layer in float32, the least that an
+    export has in memory at once.
+
+    `memory_bytes`: all there is, for the system can make room; None: unknown. Raises InputError.
+    """
+    layers: dict[int | None, int] = {}
+    for unit in decoder_units(config):
+        if unit.layer is not None:
+            layers[unit.layer] = layers.get(unit.layer, 0) + 4 * unit.parameters
+    needed_bytes = max(layers.values(), default=0)
+    if memory_bytes is not None and needed_bytes > memory_bytes:
+        raise InputError(
+            f"one layer takes {needed_bytes / 1e9:.2f} GB while it is exported; this machine or its container"
+            f" has {memory_bytes / 1e9:.2f} GB: export on a larger one"
+        )
 
 
 def _encoder(loaded: Loaded) -> tuple[int, Texts]:

@@ -121,7 +121,7 @@ def measure(sides: Mapping[str, Path], model: Path, recipe: str, rounds: int) ->
         for side in order:
             say(f"{recipe}: round {number + 1} of {rounds}, {side}")
             runs[side].append(
-                run(sides[side], "edge_reasoner.cli.main", ["bench", str(bundles[side]), "--repeats", "3"])
+                run(sides[side], "edge_reasoner.cli.main", ["bench", str(bundles[side]), "--repeat", "3"])
             )
     return {
         "figures": compared(runs["before"], runs["after"]),

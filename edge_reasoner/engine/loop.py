@@ -66,6 +66,8 @@ class _Job:
         self.ready = threading.Condition()
         self.pieces: deque[TokenPiece] = deque()
         self.outcome: Generation | BaseException | None = None
+        #: readers that wait for the next piece; others wait for the end, and are not woken for each
+        self.piece_readers = 0
         # A plain flag: it is also set by the garbage collector, which may interrupt the holder of any lock.
         self.cancelled = False
 
@@ -75,7 +77,8 @@ class _Job:
     def show(self, piece: TokenPiece) -> None:
         with self.ready:
             self.pieces.append(piece)
-            self.ready.notify_all()
+            if self.piece_readers:
+                self.ready.notify_all()
 
     def finish(self, outcome: Generation | BaseException) -> None:
         with self.ready:
@@ -123,8 +126,12 @@ class TokenStream:
         _check_process(self._pid)
         job = self._job
         with job.ready:
-            while not self._given_up and not job.pieces and job.outcome is None:
-                job.ready.wait()
+            job.piece_readers += 1
+            try:
+                while not self._given_up and not job.pieces and job.outcome is None:
+                    job.ready.wait()
+            finally:
+                job.piece_readers -= 1
             if self._given_up:
                 raise StopIteration
             if job.pieces:
@@ -137,10 +144,18 @@ class TokenStream:
     def result(self) -> Generation:
         """Takes what is left of the pieces and gives the whole answer. Raises BackendError, and InputError if
         the stream was closed before its end."""
-        for _ in self:
-            pass
-        if isinstance(self._job.outcome, Generation) and not self._given_up:
-            return self._job.outcome
+        _check_process(self._pid)
+        job = self._job
+        with job.ready:
+            while not self._given_up and job.outcome is None:
+                job.ready.wait()
+            outcome = job.outcome
+            if not self._given_up:
+                job.pieces.clear()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        if outcome is not None and not self._given_up:
+            return outcome
         raise InputError("the stream was closed before its end: it has no result")
 
     def cancel(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,13 @@ def _model(path: Path) -> Path:
     if not path.exists():
         pytest.skip(f"{path.relative_to(ROOT)} is not there; `make models` fetches it")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> None:
+    """Ctrl-C works in the processes that tests start, also where the suite itself runs in the background."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's `&` does that, and children inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -82,7 +82,7 @@ def test_ask_and_batch(locale: str, odd_bundle: bytes, tmp_path: Path) -> None:
 def test_profiles(locale: str, tmp_path: Path) -> None:
     """A profile's title in any alphabet, from a file with an odd name."""
     built_in = json.loads(spoken("UTF-8", "profiles", "show", "generic-x86", "--json")[1])
-    toml = (ROOT / "edge_reasoner/device_profiles/generic-x86.toml").read_text("utf-8")
+    toml = (ROOT / "device_profiles" / "generic-x86.toml").read_text("utf-8")
     path = os.fsencode(tmp_path) + b"/" + ODD_NAME + b".toml"
     Path(os.fsdecode(path)).write_bytes(toml.replace(built_in["profile"]["title"], "Доска ☃ 🙂").encode())
     status, out, err = spoken(locale, "profiles", "show", path, "--json")

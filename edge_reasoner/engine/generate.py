@@ -18,7 +18,7 @@ from edge_reasoner.chat.model import FinishReason, Usage
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.chat.thinking import Split, ThinkingSplitter, is_marker
 from edge_reasoner.engine.prefix import CachedSequence, HiddenMark, chunk_end
-from edge_reasoner.engine.sampling import choose
+from edge_reasoner.engine.sampling import Scratch, choose
 from edge_reasoner.engine.stopping import StopMatcher
 from edge_reasoner.engine.tokens import IncrementalDecoder, TextTokenizer
 
@@ -164,6 +164,8 @@ class Decoder:
     tokenizer: TextTokenizer
     model_name: str
     eos_token_ids: frozenset[int]
+    #: for the loop's thread
+    scratch: Scratch
 
     def cancelled(self, request: DecodeRequest, watch: Stopwatch) -> Generation:
         """The answer of a request that was cancelled before it began."""
@@ -215,7 +217,7 @@ class Decoding:
         # 2. Decode: choose and show, let others have their turn, feed.
         while not listener.cancelled and whole:
             assert step is not None, "at least one token of the prompt is fed"
-            choice = choose(step.logits[-1], params, rng, self._penalized())
+            choice = choose(step.logits[-1], params, rng, self._penalized(), self._decoder.scratch)
             self._answer.append(choice.token_id)
             if len(self._answer) == 1:
                 ttft_s = watch.elapsed_s()

@@ -31,6 +31,7 @@ from edge_reasoner.engine.generate import (
     TokenPiece,
 )
 from edge_reasoner.engine.prefix import CachedSequence, CacheLimits, CachePool
+from edge_reasoner.engine.sampling import Scratch
 from edge_reasoner.engine.tokens import TextTokenizer
 from edge_reasoner.errors import BackendError, ContextOverflowError, InputError, OverloadedError
 
@@ -66,8 +67,6 @@ class _Job:
         self.ready = threading.Condition()
         self.pieces: deque[TokenPiece] = deque()
         self.outcome: Generation | BaseException | None = None
-        #: readers that wait for the next piece; others wait for the end, and are not woken for each
-        self.piece_readers = 0
         # A plain flag: it is also set by the garbage collector, which may interrupt the holder of any lock.
         self.cancelled = False
 
@@ -77,8 +76,7 @@ class _Job:
     def show(self, piece: TokenPiece) -> None:
         with self.ready:
             self.pieces.append(piece)
-            if self.piece_readers:
-                self.ready.notify_all()
+            self.ready.notify_all()
 
     def finish(self, outcome: Generation | BaseException) -> None:
         with self.ready:
@@ -126,12 +124,8 @@ class TokenStream:
         _check_process(self._pid)
         job = self._job
         with job.ready:
-            job.piece_readers += 1
-            try:
-                while not self._given_up and not job.pieces and job.outcome is None:
-                    job.ready.wait()
-            finally:
-                job.piece_readers -= 1
+            while not self._given_up and not job.pieces and job.outcome is None:
+                job.ready.wait()
             if self._given_up:
                 raise StopIteration
             if job.pieces:
@@ -216,7 +210,8 @@ class Engine:
             )
         pool = CachePool(model, self.limits.caches, kv_bytes_per_token, self._context_tokens)
         # The loop does not know the engine, so that an engine which nobody holds can end it.
-        self._loop = _Loop(Decoder(model, tokenizer, name, frozenset(eos_token_ids)), pool, self.limits)
+        decoder = Decoder(model, tokenizer, name, frozenset(eos_token_ids), Scratch(model.vocab_size))
+        self._loop = _Loop(decoder, pool, self.limits)
         self._dropped = weakref.finalize(self, self._loop.stop)
         self._dropped.atexit = False
 

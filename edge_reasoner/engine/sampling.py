@@ -20,6 +20,8 @@ from edge_reasoner.errors import BackendError
 _FIRST_NUCLEUS = 256
 #: Tokens e**30 times less likely than the first are left out: together below 3e-8 at a vocabulary of 262 k.
 _NEGLIGIBLE_NATS = 30.0
+#: exp of it is 0 in float32
+_LOWEST_SHIFTED = -1e4
 
 
 @dataclass(frozen=True)
@@ -35,32 +37,48 @@ class Choice:
     entropy: float
 
 
+class Scratch:
+    """Two rows, float32 [vocab], that `choose` writes over: new ones for each token would cost more in page
+    faults than all of its arithmetic. For one thread at a time."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.shifted = np.empty(vocab_size, np.float32)
+        self.likelihoods = np.empty(vocab_size, np.float32)
+
+
 def choose(
     logits: NDArray[np.float32],
     params: SamplingParams,
     rng: np.random.Generator,
     previous: Sequence[int] = (),
+    scratch: Scratch | None = None,
 ) -> Choice:
-    """Chooses one token from float32 `logits` [vocab].
+    """Chooses one token from float32 `logits` [vocab], which stay as they are.
 
-    `previous` are the ids that the repetition penalty applies to. Raises BackendError when the logits hold no
-    finite maximum. No step sorts the whole vocabulary.
+    `previous` are the ids that the repetition penalty applies to; `scratch` (of the same vocabulary) is
+    overwritten. Raises BackendError when the logits hold no finite maximum. No step sorts the whole
+    vocabulary.
     """
-    top = float(logits.max())
+    room = scratch or Scratch(len(logits))
+    first = int(logits.argmax())
+    top = float(logits[first])
     if not math.isfinite(top):
         raise BackendError("the model's logits are not finite")
-    shifted = logits - np.float32(top)
-    probabilities = np.exp(shifted)
-    total = float(probabilities.sum(dtype=np.float64))
+    shifted = np.subtract(logits, np.float32(top), out=room.shifted)
+    # A masked token (−inf) has probability 0 and must add 0 to Σ p·x, not 0·−inf.
+    np.maximum(shifted, np.float32(_LOWEST_SHIFTED), out=shifted)
+    likelihoods = np.exp(shifted, out=room.likelihoods)
+    total = float(likelihoods.sum(dtype=np.float64))
     log_total = math.log(total)
-    # Σ p·x over finite x only: a masked token (−inf) has probability 0 and adds nothing.
-    with np.errstate(invalid="ignore"):
-        weighted = np.nan_to_num(probabilities * shifted, copy=False, nan=0.0)
-    entropy = max(0.0, log_total - float(weighted.sum(dtype=np.float64)) / total)
-    margin = _margin(probabilities, total)
-    adjusted = _penalized(logits, params.repetition_penalty, previous)
-    token = int(adjusted.argmax()) if params.greedy else _draw(adjusted, params, rng)
-    return Choice(token, float(shifted[token]) - log_total, margin, entropy)
+    margin = (float(likelihoods[first]) - _second(likelihoods, first)) / total
+    token = first
+    if not params.greedy or (params.repetition_penalty != 1.0 and len(previous)):
+        adjusted = _penalized(logits, params.repetition_penalty, previous)
+        token = int(adjusted.argmax()) if params.greedy else _draw(adjusted, params, rng)
+    logprob = float(shifted[token]) - log_total
+    np.multiply(shifted, likelihoods, out=shifted)
+    entropy = max(0.0, log_total - float(shifted.sum(dtype=np.float64)) / total)
+    return Choice(token, logprob, margin, entropy)
 
 
 def filtered(
@@ -107,12 +125,10 @@ def _nucleus(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.int
         count = min(count * 8, size)
 
 
-def _margin(probabilities: NDArray[np.float32], total: float) -> float:
-    # two maxima of the parts around the first are cheaper than a partition
-    first = int(probabilities.argmax())
-    around = (probabilities[:first], probabilities[first + 1 :])
-    second = max((float(part.max()) for part in around if len(part)), default=0.0)
-    return (float(probabilities[first]) - second) / total
+def _second(values: NDArray[np.float32], first: int) -> float:
+    # the maxima of the parts around the first are cheaper than a partition
+    around = (values[:first], values[first + 1 :])
+    return max((float(part.max()) for part in around if len(part)), default=0.0)
 
 
 def _penalized(logits: NDArray[np.float32], penalty: float, previous: Sequence[int]) -> NDArray[np.float32]:

@@ -4,7 +4,7 @@
 
 Prints one table and writes `cost_model.json` and `cost_model.md`. A row marked "fit" helped to choose a
 constant of its board's profile, so its error shows how well few constants describe the data, not foresight;
-the leave-one-out column refits bandwidth and fixed cost (`cost.fit_roofline`) on the other rows of
+the leave-one-out column refits bandwidth and fixed cost (`fit_roofline`) on the other rows of
 the same board and processor and predicts this one. Rows of this machine come from the peers'
 benchmark where its results exist, on a profile probed then.
 """
@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import msgspec
 from gguf_sizes import graph_cost
 
-from edge_reasoner.contract.profile.cost import GraphCost, fit_roofline, predict
+from edge_reasoner.contract.profile.cost import GraphCost, predict
 from edge_reasoner.contract.profile.load import load_profile
 from edge_reasoner.contract.profile.schema import DeviceProfile, Figure
 from edge_reasoner.machine.probe import probe_machine
@@ -227,6 +228,29 @@ def _leave_one_out(row: Row, rows: list[Row]) -> float | None:
     except ValueError:
         return None  # the other rows contradict a roofline: more bytes were faster
     return 1e3 / (_step_bytes(row) / gbps / 1e6 + fixed_ms)
+
+
+def fit_roofline(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Least-squares fit of measured decode speeds: (effective GB/s, fixed ms) from (bytes, tok/s) pairs.
+
+    Minimizes the relative error of 1/tok/s; the fixed part is held at 0 or above, and at 0 for one point.
+    Raises ValueError without points or where more bytes never cost more time.
+    """
+    if not points or any(size <= 0 or speed <= 0 for size, speed in points):
+        raise ValueError("points: at least one pair of positive bytes and tok/s is needed")
+    rows = [(size / 1e6, 1e3 / speed) for size, speed in points]  # MB, ms
+    weight = sum(1 / y**2 for _, y in rows)
+    sx, sxx = sum(x / y**2 for x, y in rows), sum(x * x / y**2 for x, y in rows)
+    sy, sxy = sum(1 / y for _, y in rows), sum(x / y for x, y in rows)
+    determinant = weight * sxx - sx * sx
+    fixed, slope = 0.0, sxy / sxx
+    if len({x for x, _ in rows}) > 1 and determinant > 0:
+        fitted = (sy * sxx - sx * sxy) / determinant
+        if fitted > 0:
+            fixed, slope = fitted, (weight * sxy - sx * sy) / determinant
+    if slope <= 0:
+        raise ValueError("points: more bytes do not cost more time; no bandwidth fits them")
+    return 1.0 / slope, fixed  # MB per ms = GB per s
 
 
 def _error(predicted: float, published: float) -> float:

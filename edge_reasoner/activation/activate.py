@@ -24,7 +24,7 @@ from edge_reasoner.activation.store import (
     this_machine,
 )
 from edge_reasoner.backends import load_backend
-from edge_reasoner.backends.base import Backend, DecoderModel, EncoderModel
+from edge_reasoner.backends.base import Backend, DecoderModel, EncoderModel, OpenOptions
 from edge_reasoner.backends.golden import (
     Clock,
     Trial,
@@ -127,21 +127,14 @@ class _Setup:
         """Opens one candidate's model."""
         variant = self.variant(candidate.variant_id)
         backend, path = self.backends[variant.backend], self.bundle.path_of(variant.graph)
+        options: OpenOptions = {
+            "provider": variant.execution_provider,
+            "session_options": candidate.session_options,
+            "threads": self.machine.threads,
+        }
         if isinstance(self.component.spec, DecoderSpec):
-            return backend.open_decoder(
-                path,
-                self.component.spec,
-                provider=variant.execution_provider,
-                session_options=candidate.session_options,
-                threads=self.machine.threads,
-            )
-        return backend.open_encoder(
-            path,
-            self.component.spec,
-            provider=variant.execution_provider,
-            session_options=candidate.session_options,
-            threads=self.machine.threads,
-        )
+            return backend.open_decoder(path, self.component.spec, **options)
+        return backend.open_encoder(path, self.component.spec, **options)
 
     def variant(self, variant_id: str) -> Variant:
         """The variant of that id. Raises BundleError."""

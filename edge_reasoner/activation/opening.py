@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from edge_reasoner.contract.bundle.open import Bundle, Progress, open_bundle
+from edge_reasoner.contract.bundle.open import Bundle, ByteProgress, open_bundle
 from edge_reasoner.errors import BundleError
 
 #: unpacked bundles together, apart from the one that is being opened
@@ -30,7 +30,7 @@ def open_bundle_at(
     cache_dir: Path | None,
     verify: Literal["full", "sizes"] = "full",
     *,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
     max_unpacked_bytes: int = MAX_UNPACKED_BYTES,
     now: Callable[[], float] = time.time,
 ) -> Bundle:

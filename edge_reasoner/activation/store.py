@@ -21,6 +21,7 @@ from edge_reasoner.backends.base import Backend
 from edge_reasoner.contract.bundle.manifest import Component
 from edge_reasoner.files import write_atomically
 from edge_reasoner.machine.isa import ImportProbe, isa_features
+from edge_reasoner.machine.state import installed_wheel
 
 _MAX_CACHE_BYTES = 1 << 20
 
@@ -115,7 +116,7 @@ def check_import(cache_dir: Path | None, probe_import: Callable[[], ImportProbe]
     if cache_dir is None:
         probe_import().raise_if_unsafe()
         return
-    identity = f"{platform.machine()} {_cpu_model()} {sorted(isa_features())} {_installed_runtime()}"
+    identity = f"{platform.machine()} {_cpu_model()} {sorted(isa_features())} {installed_wheel()}"
     path = cache_dir / "import" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
     try:
         known = msgspec.json.decode(path.read_bytes()[:_MAX_CACHE_BYTES], type=ImportProbe)
@@ -127,18 +128,6 @@ def check_import(cache_dir: Path | None, probe_import: Callable[[], ImportProbe]
     probe = probe_import()
     probe.raise_if_unsafe()
     _keep(path, msgspec.json.encode(probe))
-
-
-def _installed_runtime() -> str:
-    """Version of the installed onnxruntime wheel, found without importing it."""
-    from importlib import metadata
-
-    for name in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-qnn"):
-        try:
-            return f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            continue
-    return "unknown"
 
 
 def _keep(path: Path, data: bytes) -> None:

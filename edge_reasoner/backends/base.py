@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,6 +135,14 @@ class OpenDecoder(Protocol):
         session_options: Mapping[str, str],
         threads: int,
     ) -> DecoderModel: ...
+
+
+class OpenOptions(TypedDict):
+    """How `OpenDecoder` and `OpenEncoder` open a graph: their keyword arguments."""
+
+    provider: str
+    session_options: Mapping[str, str]
+    threads: int
 
 
 class OpenEncoder(Protocol):

@@ -106,14 +106,6 @@ class Split:
     thinking: str | None
 
 
-def split_thinking(text: str, prompt: str = "") -> Split:
-    """Takes a whole text apart. `prompt`: what it continues (its end is enough), or "" where unknown."""
-    splitter = ThinkingSplitter(prompt)
-    splitter.push(text)
-    splitter.finish()
-    return splitter.split()
-
-
 def opened_by(prompt: str) -> str | None:
     """The opening marker that a rendered prompt ends with, or None."""
     tail = prompt[-4 * _MAX_MARKER_CHARS :].rstrip().translate(_LOWER)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, Protocol
 
 from edge_reasoner.contract.profile.schema import Record
+from edge_reasoner.machine.isa import RunProcess
 from edge_reasoner.machine.sysfs import read_int, read_text
 
 #: meaning of the bits of the Raspberry Pi's `vcgencmd get_throttled`
@@ -26,21 +25,6 @@ _THROTTLE_BITS = {
 _VCGENCMD_TIMEOUT_S = 2.0
 _MAX_ZONES = 64
 _MAX_CORES = 4096
-
-
-class RunText(Protocol):
-    """`subprocess.run`, as far as it is used here."""
-
-    def __call__(
-        self,
-        command: Sequence[str],
-        /,
-        *,
-        capture_output: bool,
-        text: Literal[True],
-        timeout: float,
-        check: bool,
-    ) -> subprocess.CompletedProcess[str]: ...
 
 
 class MachineState(Record, frozen=True, kw_only=True):
@@ -62,7 +46,7 @@ class MachineState(Record, frozen=True, kw_only=True):
     onnxruntime_version: str | None = None
 
 
-def read_state(root: Path = Path("/"), run: RunText = subprocess.run) -> MachineState:
+def read_state(root: Path = Path("/"), run: RunProcess = subprocess.run) -> MachineState:
     """The machine's state from sysfs under `root`; `run` starts `vcgencmd` where that is installed."""
     zone, temperature = _hottest(root / "sys/class/thermal")
     return MachineState(
@@ -79,9 +63,15 @@ def read_state(root: Path = Path("/"), run: RunText = subprocess.run) -> Machine
 
 def installed_onnxruntime() -> str | None:
     """Version of the installed onnxruntime (any build of it), without importing it."""
+    wheel = installed_wheel()
+    return None if wheel is None else wheel[1]
+
+
+def installed_wheel() -> tuple[str, str] | None:
+    """Which build of onnxruntime is installed, by its distribution's name, and its version."""
     for name in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-qnn", "onnxruntime-openvino"):
         try:
-            return metadata.version(name)
+            return name, metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     return None
@@ -137,7 +127,7 @@ def _nvpmodel(root: Path) -> str | None:
     return str(names.get(number, f"mode {number}"))
 
 
-def _throttling(root: Path, run: RunText) -> tuple[str, ...] | None:
+def _throttling(root: Path, run: RunProcess) -> tuple[str, ...] | None:
     tool = next((root / p for p in ("usr/bin/vcgencmd", "opt/vc/bin/vcgencmd") if (root / p).exists()), None)
     if tool is None:
         return None

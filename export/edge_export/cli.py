@@ -56,7 +56,12 @@ _MAX_LINE_CHARS = 4000
     help="; ".join(f"{row.name}: {row.summary}" for row in RECIPES.values()) + ".",
 )
 @click.option(
-    "--format", "graph_format", type=click.Choice(["auto", "onnx"]), default="auto", show_default=True
+    "--format",
+    type=click.Choice(["auto", "onnx"]),
+    default="auto",
+    show_default=True,
+    expose_value=False,  # one lowering: both mean the same, and any other value is refused
+    help="What graphs are written as; every board's is ONNX.",
 )
 @click.option(
     "--quantizer",
@@ -111,8 +116,8 @@ _MAX_LINE_CHARS = 4000
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.version_option(__version__, prog_name="edge-export")
 def command(
-    model: str, profiles: tuple[str, ...], out: Path | None, as_json: bool, graph_format: str,
-    threads: int | None, cache: str | None, **chosen: Any,
+    model: str, profiles: tuple[str, ...], out: Path | None, as_json: bool, threads: int | None,
+    cache: str | None, **chosen: Any,
 ) -> None:  # fmt: skip
     """Export MODEL (a Hugging Face directory, a .gguf file or a hub id) for one or more boards."""
     from edge_reasoner.contract.profile import load_profile

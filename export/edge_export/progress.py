@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-#: (what is being done, steps done, steps in all)
+#: (what is being done, steps done, steps in all). Opening a bundle counts bytes instead: the contract's
+#: `ByteProgress`, which knows no steps.
 Progress = Callable[[str, int, int], None]
 
 

@@ -33,8 +33,9 @@ from edge_reasoner.contract.bundle.onnx_scan import scan_graph
 from edge_reasoner.errors import BundleError
 
 SIGNATURE_NAME = "manifest.sig"
-#: (bytes hashed so far, bytes in all)
-Progress = Callable[[int, int], None]
+#: (bytes hashed so far, bytes in all). Not the exporter's `Progress`, which names the step under way: hashing
+#: is one step, and a caller here shows one bar of bytes.
+ByteProgress = Callable[[int, int], None]
 
 _CHUNK_BYTES = 1 << 20
 _MAX_SIGNATURE_BYTES = 64 * 1024
@@ -90,7 +91,7 @@ def open_bundle(
     path: str | os.PathLike[str],
     verify: Literal["full", "sizes"] = "full",
     *,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> Bundle:
     """Opens the bundle directory `path` and checks it.
 

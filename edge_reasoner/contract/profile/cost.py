@@ -235,29 +235,6 @@ def decode_watts(profile: DeviceProfile) -> float | None:
     return min(watts, limit)
 
 
-def fit_roofline(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Least-squares fit of measured decode speeds: (effective GB/s, fixed ms) from (bytes, tok/s) pairs.
-
-    Minimizes the relative error of 1/tok/s; the fixed part is held at 0 or above, and at 0 for one point.
-    Raises ValueError without points or where more bytes never cost more time.
-    """
-    if not points or any(size <= 0 or speed <= 0 for size, speed in points):
-        raise ValueError("points: at least one pair of positive bytes and tok/s is needed")
-    rows = [(size / 1e6, 1e3 / speed) for size, speed in points]  # MB, ms
-    weight = sum(1 / y**2 for _, y in rows)
-    sx, sxx = sum(x / y**2 for x, y in rows), sum(x * x / y**2 for x, y in rows)
-    sy, sxy = sum(1 / y for _, y in rows), sum(x / y for x, y in rows)
-    determinant = weight * sxx - sx * sx
-    fixed, slope = 0.0, sxy / sxx
-    if len({x for x, _ in rows}) > 1 and determinant > 0:
-        fitted = (sy * sxx - sx * sxy) / determinant
-        if fitted > 0:
-            fixed, slope = fitted, (weight * sxy - sx * sy) / determinant
-    if slope <= 0:
-        raise ValueError("points: more bytes do not cost more time; no bandwidth fits them")
-    return 1.0 / slope, fixed  # MB per ms = GB per s
-
-
 def _cpu_roofline(profile: DeviceProfile, arithmetic: Arithmetic) -> Roofline:
     table = {
         "int8": _INT8_MACS_PER_CYCLE,

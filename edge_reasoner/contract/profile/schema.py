@@ -26,9 +26,6 @@ MIB = 1024 * 1024
 Basis = Literal["measured", "datasheet", "estimated"]
 Architecture = Literal["aarch64", "x86_64"]
 AcceleratorKind = Literal["gpu", "npu", "tpu"]
-BackendName = Literal[
-    "onnxruntime", "litert", "tensorrt", "qnn", "rkllm", "rknn", "hailort", "edgetpu", "ethos-u", "openvino"
-]
 TaskName = Literal["causal-lm", "encoder", "module"]
 WeightPrecision = Literal["fp32", "fp16", "bf16", "int8", "int4", "mixed"]
 KvDtype = Literal["float32", "float16"]
@@ -73,6 +70,9 @@ X86_FEATURES = frozenset(
 )
 
 Name = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9-]{0,63}$")]
+#: An inference library that a board has. Any name: a profile may list libraries that this SDK has no backend
+#: for; which it has, the table of `edge_reasoner.backends` says under the same names.
+BackendName = Name
 Text = Annotated[str, Meta(min_length=1, max_length=400)]
 Texts = Annotated[tuple[Text, ...], Meta(max_length=128)]
 Version = Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+){0,3}$", max_length=40)]
@@ -378,7 +378,6 @@ def allowed_values(field: str) -> tuple[object, ...]:
         "basis": Basis,
         "architecture": Architecture,
         "kind": AcceleratorKind,
-        "backend": BackendName,
         "task": TaskName,
         "weights": WeightPrecision,
         "precisions": WeightPrecision,
@@ -405,6 +404,8 @@ def _check_limit(where: str, limit: Limit, profile: DeviceProfile, processors: s
     """What a row rules out must not be claimed elsewhere in the profile."""
     if limit.processor is not None:
         _member(where, "processor", limit.processor, processors)
+    if limit.backend is not None:
+        _member(where, "backend", limit.backend, {runtime.backend for runtime in profile.runtimes})
     for cluster in profile.clusters:
         if claimed := sorted(set(cluster.isa) & set(limit.features)):
             raise ProfileError(f"{where}: features: {claimed[0]!r} is in a cluster's isa")

@@ -19,6 +19,8 @@ from edge_export.model.tensors import layer_shapes
 DEFAULT_CHUNK_ROWS = 16_384
 
 Weights = Mapping[str, torch.Tensor]
+#: (first row, row after the last) → those rows of the matrix that makes logits, float32
+HeadRows = Callable[[int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,17 @@ def head_name(config: DecoderConfig) -> str:
     return "embed.weight" if config.tied_embeddings else "head.weight"
 
 
+def original_head(config: DecoderConfig, source: TensorSource) -> HeadRows:
+    """Rows of the checkpoint's own head."""
+    name = head_name(config)
+    return lambda start, stop: source.rows(name, start, stop)
+
+
 def head_chunks(
-    config: DecoderConfig, source: TensorSource, hidden: torch.Tensor, chunk_rows: int = DEFAULT_CHUNK_ROWS
+    config: DecoderConfig, head: HeadRows, hidden: torch.Tensor, chunk_rows: int = DEFAULT_CHUNK_ROWS
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(first token id, logits [N, chunk]) over the vocabulary, for normed states `hidden` [N, hidden]."""
-    name = head_name(config)
     with torch.no_grad():
         for start in range(0, config.vocab_size, chunk_rows):
-            rows = source.rows(name, start, min(start + chunk_rows, config.vocab_size))
+            rows = head(start, min(start + chunk_rows, config.vocab_size))
             yield start, soft_cap(config, F.linear(hidden, rows))

@@ -22,7 +22,14 @@ import torch.nn.functional as F
 
 from edge_export.model.config import DecoderConfig, TensorSource
 from edge_export.model.layer import LayerTrace, layer_forward, rms_norm, soft_cap
-from edge_export.model.stream import DEFAULT_CHUNK_ROWS, LayerVisit, head_name, layer_weights, stream_hidden
+from edge_export.model.stream import (
+    DEFAULT_CHUNK_ROWS,
+    LayerVisit,
+    head_chunks,
+    layer_weights,
+    original_head,
+    stream_hidden,
+)
 from edge_export.plan.units import LAYER_UNITS
 from edge_export.progress import Progress
 from edge_export.quantize.base import InputStatistics, Quantizer
@@ -134,16 +141,13 @@ def _head_losses(
     gradient and the variance of the logits' change: KL ≈ ½ Var_p(δ logits).
     """
     hidden = torch.cat(run.normed)
-    name, importance = head_name(config), run.importance["head"]
+    head, importance = original_head(config, source), run.importance["head"]
     generator = torch.Generator().manual_seed(seed)
     tokens = hidden.shape[0]
     log_sum = torch.full((tokens,), -torch.inf)
     best, labels = torch.full((tokens,), -torch.inf), torch.zeros(tokens, dtype=torch.int64)
-    starts = range(0, config.vocab_size, DEFAULT_CHUNK_ROWS)
     with torch.no_grad():
-        for start in starts:
-            rows = source.rows(name, start, min(start + DEFAULT_CHUNK_ROWS, config.vocab_size))
-            logits = soft_cap(config, F.linear(hidden, rows))
+        for start, logits in head_chunks(config, head, hidden):
             log_sum = torch.logaddexp(log_sum, logits.logsumexp(-1))
             # The largest of logits + Gumbel noise is a draw from softmax(logits).
             noisy = logits - torch.empty_like(logits).exponential_(generator=generator).log_()
@@ -152,8 +156,8 @@ def _head_losses(
             best = torch.maximum(best, top)
         gradient = torch.zeros_like(hidden)
         mean, square = torch.zeros(tokens), torch.zeros(tokens)
-        for start in starts:
-            rows = source.rows(name, start, min(start + DEFAULT_CHUNK_ROWS, config.vocab_size))
+        for start in range(0, config.vocab_size, DEFAULT_CHUNK_ROWS):
+            rows = head(start, min(start + DEFAULT_CHUNK_ROWS, config.vocab_size))
             stop = start + rows.shape[0]
             raw = F.linear(hidden, rows)
             logits = soft_cap(config, raw)

@@ -120,10 +120,6 @@ class EncoderPlan:
         """How far, in 1 − cosine, a kernel may be from torch on the same stored weights."""
         return RECIPES[self.recipe].cosine_tolerance
 
-    def format_of(self, name: str) -> MatrixFormat:
-        """The format of a graph weight or of a canonical tensor. Raises KeyError."""
-        return next(w.format for w in self.weights if name == w.name or name in w.tensors)
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, as printed by --dry-run and kept in the manifest."""
         return {

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
+from edge_export.model.stream import original_head
 from edge_export.stages.store import decoder_sequences
 from edge_export.stages.values import Measured, ModelKind, Run, Verified, extend, of
 from edge_export.stages.verify import verify_inputs
 from edge_export.storage.decoder import StoredDecoder
-from edge_export.verify.decoder import measure_quality, original_head
+from edge_export.verify.decoder import measure_quality
 from edge_export.verify.encoder import encoder_quality
 from edge_export.verify.variants import open_decoder, open_encoder
 from edge_reasoner.contract.bundle.manifest import DecoderSpec, EncoderSpec

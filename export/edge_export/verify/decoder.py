@@ -7,18 +7,16 @@ compares the graph with torch on the original weights: it tests the recipe.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from edge_export.model.config import DecoderConfig, TensorSource
-from edge_export.model.layer import soft_cap
-from edge_export.model.stream import DEFAULT_CHUNK_ROWS, head_name
+from edge_export.model.config import DecoderConfig
+from edge_export.model.stream import HeadRows, head_chunks
 from edge_export.progress import Progress
 from edge_export.storage.decoder import StoredDecoder
 from edge_export.storage.matrices import stored_rows
@@ -35,8 +33,6 @@ _MAX_GOLDEN_TOKENS = 1100
 _SCORED_TOKENS = 64
 #: exp of more overflows; a model so sure of what is wrong is broken anyway.
 _MAX_NATS = 700.0
-
-HeadRows = Callable[[int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ def decoder_golden(
     for tokens, hidden in zip(sequences, states, strict=True):
         prefill = max(1, len(tokens) - _DECODED_TOKENS)
         positions = list(range(prefill - 1, len(tokens)))
-        logits = torch.cat([part for _, part in _head_chunks(config, hidden[positions], head)], dim=-1)
+        logits = torch.cat([part for _, part in head_chunks(config, head, hidden[positions])], dim=-1)
         checks = tuple(_check(position, row) for position, row in zip(positions, logits, strict=True))
         ids = tuple(int(token) for token in tokens)
         vectors.append(DecoderGolden(token_ids=ids, prefill_tokens=prefill, checks=checks))
@@ -104,12 +100,6 @@ def _check(position: int, logits: torch.Tensor) -> GoldenCheck:
     chosen = [*best, *others]
     values = tuple(float(f"{value:.6g}") for value in logits[chosen].tolist())
     return GoldenCheck(position=position, argmax=best[0], token_ids=tuple(chosen), logits=values)
-
-
-def original_head(config: DecoderConfig, source: TensorSource) -> HeadRows:
-    """Rows of the original head."""
-    name = head_name(config)
-    return lambda start, stop: source.rows(name, start, stop)
 
 
 def stored_head(config: DecoderConfig, data_path: Path, stored: StoredDecoder) -> HeadRows:
@@ -191,7 +181,7 @@ def _original_figures(
     best = torch.full((len(states),), -torch.inf)
     choice = torch.zeros(len(states), dtype=torch.int64)
     log_sum, target_logits = best.clone(), torch.zeros(len(states))
-    for start, logits in _head_chunks(config, states, head):
+    for start, logits in head_chunks(config, head, states):
         log_sum = torch.logaddexp(log_sum, logits.logsumexp(-1))
         top, index = logits.max(-1)
         choice = torch.where(top > best, index + start, choice)
@@ -199,12 +189,3 @@ def _original_figures(
         inside = (targets >= start) & (targets < start + logits.shape[1])
         target_logits[inside] = logits[inside, targets[inside] - start]
     return choice.numpy(), (target_logits - log_sum).to(torch.float64).numpy()
-
-
-def _head_chunks(
-    config: DecoderConfig, states: torch.Tensor, head: HeadRows
-) -> Iterator[tuple[int, torch.Tensor]]:
-    with torch.no_grad():
-        for start in range(0, config.vocab_size, DEFAULT_CHUNK_ROWS):
-            rows = head(start, min(start + DEFAULT_CHUNK_ROWS, config.vocab_size))
-            yield start, soft_cap(config, F.linear(states, rows))

@@ -3,49 +3,41 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 from edge_export.progress import Progress
 from edge_export.verify.tolerance import EXACT, FAST
 from edge_reasoner.backends import load_backend
-from edge_reasoner.backends.base import DecoderModel, EncoderModel
+from edge_reasoner.backends.base import DecoderModel, EncoderModel, OpenOptions
 from edge_reasoner.backends.golden import try_decoder, try_encoder
 from edge_reasoner.contract.bundle.manifest import DecoderSpec, EncoderSpec, GoldenSet, Variant
 from edge_reasoner.errors import VerificationError
 
 
-@contextmanager
-def open_decoder(folder: Path, spec: DecoderSpec, variant: Variant, threads: int) -> Iterator[DecoderModel]:
+def open_decoder(
+    folder: Path, spec: DecoderSpec, variant: Variant, threads: int
+) -> AbstractContextManager[DecoderModel]:
     """A variant of the bundle in `folder`."""
-    model = load_backend(variant.backend).open_decoder(
-        folder / variant.graph,
-        spec,
-        provider=variant.execution_provider,
-        session_options=variant.session_options,
-        threads=threads,
-    )
-    try:
-        yield model
-    finally:
-        model.close()
+    backend = load_backend(variant.backend)
+    return closing(backend.open_decoder(folder / variant.graph, spec, **_options(variant, threads)))
 
 
-@contextmanager
-def open_encoder(folder: Path, spec: EncoderSpec, variant: Variant, threads: int) -> Iterator[EncoderModel]:
+def open_encoder(
+    folder: Path, spec: EncoderSpec, variant: Variant, threads: int
+) -> AbstractContextManager[EncoderModel]:
     """A variant of the bundle in `folder`."""
-    model = load_backend(variant.backend).open_encoder(
-        folder / variant.graph,
-        spec,
-        provider=variant.execution_provider,
-        session_options=variant.session_options,
-        threads=threads,
-    )
-    try:
-        yield model
-    finally:
-        model.close()
+    backend = load_backend(variant.backend)
+    return closing(backend.open_encoder(folder / variant.graph, spec, **_options(variant, threads)))
+
+
+def _options(variant: Variant, threads: int) -> OpenOptions:
+    return {
+        "provider": variant.execution_provider,
+        "session_options": variant.session_options,
+        "threads": threads,
+    }
 
 
 def judge_decoder(

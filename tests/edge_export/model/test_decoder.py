@@ -14,7 +14,7 @@ from edge_export.model.config import DecoderConfig, TensorSource
 from edge_export.model.decoder import Decoder, KvCache
 from edge_export.model.layer import attention_mask, layer_forward
 from edge_export.model.rope import rope_tables
-from edge_export.model.stream import embed_tokens, head_chunks, layer_weights, stream_hidden
+from edge_export.model.stream import embed_tokens, head_chunks, layer_weights, original_head, stream_hidden
 from edge_export.model.tensors import parameter_count, tensor_shapes
 
 SHAPES_OF_LAYERS = ["llama", "mistral-window", "qwen2-window", "qwen3", "gemma3", "gemma3-softcap"]
@@ -57,12 +57,13 @@ def test_streamed_equals_whole(opened):
     decoder = Decoder.from_source(config, source)
     sequences = [tokens(31)[0], tokens(5, seed=3)[0]]
     hidden = stream_hidden(config, source, sequences)
+    head = original_head(config, source)
     for states, ids in zip(hidden, sequences, strict=True):
         with torch.no_grad():
             assert close(states, decoder.hidden_states(ids[None])[0])
-            logits = torch.cat([rows for _, rows in head_chunks(config, source, states, chunk_rows=17)], -1)
+            logits = torch.cat([rows for _, rows in head_chunks(config, head, states, chunk_rows=17)], -1)
             assert close(logits, decoder(ids[None])[0])
-    starts = [start for start, _ in head_chunks(config, source, hidden[0], chunk_rows=40)]
+    starts = [start for start, _ in head_chunks(config, head, hidden[0], chunk_rows=40)]
     assert starts == [0, 40, 80]
 
 

@@ -88,12 +88,10 @@ def test_mixed_has_4_bit_words_and_8_bit_layers():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_stacked_weight_and_its_tensors_have_one_format(recipe):
-    """Every canonical tensor is in exactly one weight of the graph, stored as that weight is."""
+    """Every canonical tensor is in exactly one weight of the graph, so it is stored in one format."""
     plan = planned(recipe)
-    seen = []
-    for name, parts in encoder_weights(CONFIG):
-        assert {plan.format_of(part) for part in parts} == {plan.format_of(name)}
-        seen += parts
+    assert [(weight.name, weight.tensors) for weight in plan.weights] == list(encoder_weights(CONFIG))
+    seen = [tensor for weight in plan.weights for tensor in weight.tensors]
     assert sorted(seen) == sorted(encoder_tensor_shapes(CONFIG))
 
 

@@ -15,12 +15,11 @@ from support.tiny_models import logits_of, make_model, tokens
 
 from edge_export.checkpoint.load import load_checkpoint
 from edge_export.lower.decoder_onnx import GraphOptions, write_decoder_graph
-from edge_export.model.stream import stream_hidden
+from edge_export.model.stream import original_head, stream_hidden
 from edge_export.verify.decoder import (
     decoder_golden,
     golden_sequences,
     measure_quality,
-    original_head,
     stored_head,
 )
 from edge_export.verify.tolerance import EXACT, FAST

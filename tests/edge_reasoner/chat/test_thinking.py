@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_reasoner.chat.thinking import FAMILIES, ThinkingSplitter, is_marker, opened_by, split_thinking
+from edge_reasoner.chat.thinking import FAMILIES, Split, ThinkingSplitter, is_marker, opened_by
+
+
+def split_thinking(text: str, prompt: str = "") -> Split:
+    """A whole text taken apart at once."""
+    splitter = ThinkingSplitter(prompt)
+    splitter.push(text)
+    splitter.finish()
+    return splitter.split()
 
 
 @pytest.mark.parametrize(

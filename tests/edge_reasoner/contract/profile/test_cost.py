@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from edge_reasoner.contract.profile.cost import (
     GraphCost,
-    fit_roofline,
     peak_rss_bytes,
     predict,
     predict_encoder,
@@ -140,13 +139,14 @@ def test_a_larger_board_is_named_where_it_would_do():
 def test_fit_recovers_an_exact_roofline(gbps, fixed, sizes):
     """Speeds made from a bandwidth and a fixed cost are fitted back to them."""
     points = [(s * 1e8, 1e3 / (s * 1e8 / (gbps * 1e6) + fixed)) for s in sizes]
-    got_gbps, got_fixed = fit_roofline(points)
+    got_gbps, got_fixed = load_benchmark("cost_model").fit_roofline(points)
     assert got_gbps == pytest.approx(gbps, rel=1e-3)
     assert got_fixed == pytest.approx(fixed, rel=1e-2, abs=1e-2)
 
 
 def test_fit_refuses_nonsense():
     """No points, or more bytes in less time, give no bandwidth."""
+    fit_roofline = load_benchmark("cost_model").fit_roofline
     with pytest.raises(ValueError, match="at least one"):
         fit_roofline([])
     with pytest.raises(ValueError, match="more bytes"):

@@ -61,6 +61,16 @@ def test_accelerators_without_decoders_say_why(name):
             assert any(limit.about("causal-lm", accelerator.name) for limit in profile.cannot)
 
 
+def test_a_library_that_nobody_knows_is_a_row_like_any_other():
+    """A board may have libraries that no list names; what is no name at all is refused."""
+    tree = msgspec.to_builtins(load_profile("coral"))
+    tree["runtimes"] += ({**tree["runtimes"][-1], "backend": "next-years-library"},)
+    text = dump_profile_toml(msgspec.convert(tree, DeviceProfile)).encode()
+    assert parse_profile(text, "p").runtime("next-years-library") is not None
+    with pytest.raises(ProfileError, match=r"runtimes\[\d\]\.backend"):
+        parse_profile(text.replace(b"next-years-library", b"../lib"), "p")
+
+
 @pytest.mark.parametrize(
     ("board", "change", "words"),
     [
@@ -68,6 +78,11 @@ def test_accelerators_without_decoders_say_why(name):
         ("coral", {"precisions": [("module", "edge-tpu", "fp16")]}, r"weights: 'fp16'; allowed: int8"),
         ("coral", {"cannot": {"features": ["asimd"]}}, "features: 'asimd' is in a cluster's isa"),
         ("coral", {"cannot": {"processor": "gpu"}}, r"processor: 'gpu'; allowed: cpu, edge-tpu"),
+        (
+            "coral",
+            {"cannot": {"backend": "edgetpuu"}},
+            r"backend: 'edgetpuu'; allowed: edgetpu, litert",
+        ),
         ("coral", {"cannot": {"task": "encoder", "processor": "cpu"}}, r"which \[\[precisions\]\] allows"),
     ],
 )

@@ -63,7 +63,9 @@ class KVCache(Protocol):
 class DecoderModel(Protocol):
     """One causal LM: its graph and weights, shared by any number of caches.
 
-    Opening caches is thread-safe; calls of `extend` take turns (the engine has one thread for them).
+    Opening caches is thread-safe; calls of `extend` take turns (the engine has one thread for them). It
+    belongs to the process that opened it: a backend with threads of its own refuses work in a forked child
+    (BackendError), does nothing on `close` there, and lets the child end.
     """
 
     @property
@@ -102,7 +104,7 @@ class DecoderModel(Protocol):
 
 
 class EncoderModel(Protocol):
-    """One sentence encoder. Thread-safe."""
+    """One sentence encoder. Thread-safe; in a forked child as `DecoderModel`."""
 
     @property
     def dimension(self) -> int:

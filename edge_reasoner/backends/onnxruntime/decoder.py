@@ -51,8 +51,8 @@ class OrtDecoder:
         self._spec = spec
         self._path = graph_path
         self._where = graph_path.name
-        self._session: Any = open_session(graph_path, provider, session_options or {}, threads)
-        check_signature(self._session, self._where, *decoder_signature(spec))
+        self._session = open_session(graph_path, provider, session_options or {}, threads)
+        check_signature(self._session.get(), self._where, *decoder_signature(spec))
         self._room_tokens = self._fixed_room_tokens()
         self._device = _DEVICES.get(provider, "cpu")
         self._lock = threading.Lock()
@@ -71,7 +71,9 @@ class OrtDecoder:
 
     def _fixed_room_tokens(self) -> int | None:
         """Tokens of the KV buffers where the graph fixes a number; what stays unused costs no memory."""
-        fixed = {value.shape[2] for value in self._session.get_inputs() if value.name.startswith("past_key")}
+        fixed = {
+            value.shape[2] for value in self._session.get().get_inputs() if value.name.startswith("past_key")
+        }
         numbers = {size for size in fixed if isinstance(size, int)}
         if len(numbers) > 1 or any(size < self._spec.context_tokens for size in numbers):
             raise BundleError(
@@ -105,7 +107,7 @@ class OrtDecoder:
         return self._filled_cache(_checked_context(self._spec, context), filled)
 
     def _filled_cache(self, context_tokens: int, filled: Sequence[NDArray[Any]] | None) -> OrtKVCache:
-        self._open_session()
+        self._session.get()
         room = Room(
             self._buffer_shapes(), self._spec.kv_dtype, self._room_tokens or context_tokens, self._device
         )
@@ -115,8 +117,9 @@ class OrtDecoder:
 
     def _adopt(self, buffers: KVBuffers, context_tokens: int, length_tokens: int) -> OrtKVCache:
         """A cache of this model over these buffers."""
+        self._session.get()  # in a forked child the lock may be held for ever
         with self._lock:
-            session = self._open_session()
+            session = self._session.get()
             with library_errors(f"{self._where}: binding the KV cache"):
                 decode, prefill = (self._new_binding(session, buffers) for _ in range(2))
                 decode.bind_ortvalue_input("input_ids", ort_value(self._token))
@@ -151,7 +154,7 @@ class OrtDecoder:
         self, cache: KVCache, token_ids: TokenIds, num_logits: int = 1, *, hidden: bool = False
     ) -> Step:
         """See `DecoderModel.extend`."""
-        session = self._open_session()
+        session = self._session.get()
         if not isinstance(cache, OrtKVCache) or cache not in self._caches:
             raise ValueError(f"{self._where}: the cache belongs to another model")
         state, length = cache.state, cache.length_tokens  # `state` keeps the buffers until this call is over
@@ -220,19 +223,16 @@ class OrtDecoder:
         self._states[0] = states
 
     def close(self) -> None:
-        """Releases graph, weights and the memory of its caches. Idempotent."""
+        """Releases graph, weights and its caches' memory; nothing in a forked child. Idempotent."""
+        if not self._session.is_here:
+            return
         with self._lock:
             for cache in list(self._caches):
                 cache.close()
-            self._session = None
-
-    def _open_session(self) -> Any:
-        session = self._session
-        if session is None:
-            raise BackendError(f"{self._where}: the model is closed")
-        return session
+            self._session.close()
 
     def _pack(self, context_tokens: int, filled: Sequence[NDArray[Any]]) -> bytes:
+        self._session.get()  # a forked child's buffers are its parent's, who may be writing
         return pack(self._layout(), context_tokens, filled)
 
     def _layout(self) -> CacheLayout:

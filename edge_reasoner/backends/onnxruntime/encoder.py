@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,7 @@ from edge_reasoner.backends.base import TokenIds
 from edge_reasoner.backends.onnxruntime.session import CPU, library_errors, open_session
 from edge_reasoner.backends.onnxruntime.signature import check_signature, encoder_signature
 from edge_reasoner.contract.bundle.manifest import EncoderSpec
-from edge_reasoner.errors import BackendError, ContextOverflowError, InputError
+from edge_reasoner.errors import ContextOverflowError, InputError
 
 #: Most tokens (padding included) of one encoder call.
 _EMBED_CHUNK_TOKENS = 4096
@@ -33,8 +32,8 @@ class OrtEncoder:
     ) -> None:
         self._spec = spec
         self._where = graph_path.name
-        self._session: Any = open_session(graph_path, provider, session_options or {}, threads)
-        check_signature(self._session, self._where, *encoder_signature(spec))
+        self._session = open_session(graph_path, provider, session_options or {}, threads)
+        check_signature(self._session.get(), self._where, *encoder_signature(spec))
 
     @property
     def dimension(self) -> int:
@@ -48,9 +47,7 @@ class OrtEncoder:
 
     def embed(self, token_ids: list[list[int]]) -> NDArray[np.float32]:
         """See `EncoderModel.embed`. Inputs of like length run together, so padding stays small."""
-        session = self._session
-        if session is None:
-            raise BackendError(f"{self._where}: the encoder is closed")
+        session = self._session.get()
         for ids in token_ids:
             if not ids or min(ids) < 0 or max(ids) >= self._spec.vocab_size:
                 raise InputError(
@@ -69,7 +66,7 @@ class OrtEncoder:
 
     def close(self) -> None:
         """Releases graph and weights."""
-        self._session = None
+        self._session.close()
 
 
 def _length_groups(token_ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:

@@ -6,8 +6,9 @@ does not burn a core (openpilot#22736).
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from edge_reasoner.backends.onnxruntime.session_options import check_session_options
 from edge_reasoner.errors import BackendError, BundleError, InputError, one_line
 from edge_reasoner.files import utf8_path
+from edge_reasoner.machine.process import check_same_process
 from edge_reasoner.machine.quiet import silence_telemetry
 
 silence_telemetry(os.environ)  # the library reads it while it is imported: no later place is early enough
@@ -58,7 +60,59 @@ def available_providers() -> tuple[str, ...]:
     return tuple(onnxruntime.get_available_providers())
 
 
-def open_session(path: Path, provider: str, session_options: Mapping[str, str], threads: int) -> Any:
+def _keep_for_ever(
+    thing: object,
+    # bound here: at the interpreter's end the modules' own names may be gone already
+    increase: Callable[..., None] = ctypes.pythonapi.Py_IncRef,
+    pointer: Callable[[object], object] = ctypes.py_object,
+) -> None:
+    """Adds a reference that nothing gives back."""
+    increase(pointer(thing))
+
+
+class OwnedSession:
+    """A session, which belongs to the process that opened it.
+
+    Its threads do not exist in a forked child, where its destructor would wait for them for ever: there it
+    cannot be used, and it is never freed, neither when it is closed or dropped nor at the interpreter's end.
+    """
+
+    def __init__(self, session: Any, where: str) -> None:
+        """`where`: what errors call it."""
+        self._session = session
+        self._where = where
+        self._pid = os.getpid()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process that opened it."""
+        return self._pid == os.getpid()
+
+    def get(self) -> Any:
+        """The session. Raises BackendError: closed, or opened before a fork."""
+        check_same_process(self._pid)
+        session = self._session
+        if session is None:
+            raise BackendError(f"{self._where}: the model is closed")
+        return session
+
+    def close(
+        self, getpid: Callable[[], int] = os.getpid, keep: Callable[[object], None] = _keep_for_ever
+    ) -> None:
+        """Frees graph, weights and threads; does nothing in another process. Idempotent."""
+        if self._pid == getpid():
+            self._session = None
+        elif self._session is not None:
+            keep(self._session)
+            self._session = None
+
+    def __del__(self) -> None:
+        # also where a constructor failed, or the interpreter ends
+        if getattr(self, "_session", None) is not None:
+            self.close()
+
+
+def open_session(path: Path, provider: str, session_options: Mapping[str, str], threads: int) -> OwnedSession:
     """Loads a graph. `provider` must take every node: a silent fall-back to the CPU is an error.
 
     Raises InputError, BundleError (the graph or an option is refused) and BackendError (no such provider, or
@@ -90,7 +144,7 @@ def open_session(path: Path, provider: str, session_options: Mapping[str, str], 
         raise BackendError(
             f"{path.name}: asked for {provider}, onnxruntime chose {', '.join(session.get_providers())}"
         )
-    return session
+    return OwnedSession(session, path.name)
 
 
 def ort_value(array: NDArray[Any], device: str = "cpu") -> Any:

@@ -127,3 +127,98 @@ def test_a_forked_child_is_refused_and_the_parent_goes_on() -> None:
     ran = _run(f"{ENDLESS}\n{FORK}")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout == "child [True, True, True]\nparent (60, 60)\n"
+
+
+ENDS = ("leave", "close", "drop", "open_own")
+
+REAL_FORK = """
+import contextlib, gc, multiprocessing, os, signal, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import numpy as np
+from pathlib import Path
+from edge_reasoner import Reasoner
+from edge_reasoner.backends.onnxruntime.decoder import OrtDecoder
+from edge_reasoner.backends.onnxruntime.encoder import OrtEncoder
+from edge_reasoner.contract.bundle.open import open_bundle
+from edge_reasoner.errors import BackendError
+
+def opened():
+    return Reasoner.open(sys.argv[1], mode="local", threads=2, cache_dir=sys.argv[2])
+
+def refused(act):
+    try:
+        act()
+    except BackendError as error:
+        return "before this process was forked" in str(error)
+    return False
+
+bundle = open_bundle(sys.argv[1])
+parts = {kind: bundle.component(kind) for kind in ("reasoner", "preprocessor")}
+graphs = {kind: bundle.path_of(part.variants[0].graph) for kind, part in parts.items()}
+decoder = OrtDecoder(graphs["reasoner"], parts["reasoner"].spec, threads=2)
+encoder = OrtEncoder(graphs["preprocessor"], parts["preprocessor"].spec, threads=2)
+cache = decoder.new_cache()
+decoder.extend(cache, np.array([5, 6, 7]))
+encoder.embed([[5, 6, 7]])
+reasoner = opened()
+expected = reasoner.ask("first", max_tokens=4).text
+stream = reasoner.stream("question", max_tokens=1200)
+next(stream)
+
+def child(end):
+    signal.alarm(60)  # the system's own end of a process that hangs, also in native code
+    fine = [
+        refused(lambda: reasoner.ask("x", max_tokens=2)),
+        refused(lambda: next(stream)),
+        refused(lambda: decoder.extend(cache, np.array([5]))),
+        refused(decoder.new_cache), refused(cache.fork), refused(cache.save),
+        refused(lambda: encoder.embed([[5, 6]])),
+    ]
+    end()
+    print("child", all(fine), flush=True)
+
+def leave():
+    pass
+
+def close():
+    for thing in (stream, cache, encoder, decoder, reasoner, reasoner):
+        thing.close()
+
+def drop():
+    global stream, cache, encoder, decoder, reasoner
+    del stream, cache, encoder, decoder, reasoner
+    gc.collect()
+
+def open_own():
+    close()
+    with opened() as own:
+        assert own.ask("first", max_tokens=4).text == expected
+
+def forked(end):
+    number = os.fork()
+    if number == 0:
+        child(end)
+        sys.exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+
+def multiprocessed(end):
+    process = multiprocessing.get_context("fork").Process(target=child, args=(end,))
+    process.start()
+    process.join()
+    return process.exitcode
+
+for way in (forked, multiprocessed):
+    for end in (leave, close, drop, open_own):
+        print(way.__name__, end.__name__, way(end), flush=True)
+assert next(stream) is not None and reasoner.ask("first", max_tokens=4).text == expected
+print("parent", decoder.extend(cache, np.array([8])).logits.shape == (1, decoder.vocab_size))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_child_forked_with_onnxruntime_open_ends(bundle: Path, tmp_path: Path) -> None:
+    """Whether it leaves the parent's models, closes or drops them, or opens its own; decoder and encoder."""
+    ran = _run(REAL_FORK, str(bundle), str(tmp_path))
+    assert (ran.returncode, ran.stderr) == (0, "")
+    ways = [f"{way} {end} 0" for way in ("forked", "multiprocessed") for end in ENDS]
+    assert ran.stdout.splitlines() == [line for way in ways for line in ("child True", way)] + ["parent True"]

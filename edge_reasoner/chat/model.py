@@ -7,6 +7,8 @@ Tiers nest: whatever answers a chat takes a `ChatRequest` and gives a `ChatStrea
 from __future__ import annotations
 
 import inspect
+import os
+import threading
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -15,6 +17,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.contract.template.render import Message
 from edge_reasoner.errors import InputError
+from edge_reasoner.machine.process import check_same_process
 
 #: How a local answer ends; endpoints have further words of their own.
 FinishReason = Literal["stop", "length", "context", "cancelled"]
@@ -147,6 +150,9 @@ class Cancellation:
 class PulledStream(Generic[PieceT, ResultT]):
     """A `ChatStream` over a generator of pieces that returns the result; it runs in its reader's thread.
 
+    Any thread may read it: one is inside the generator, the others wait for their turn, and each piece is
+    given once. An error ends the stream for all of them.
+
     The generator gets the same `cancellation` and looks at it between pieces. It must not refer to the stream
     itself: a dropped stream is then closed at once.
     """
@@ -156,7 +162,11 @@ class PulledStream(Generic[PieceT, ResultT]):
     ) -> None:
         self._pieces = pieces
         self._cancellation = cancellation or Cancellation()
+        self._pid = os.getpid()
+        # Guards the generator and its outcome. Re-entrant: a signal's handler may close what it interrupts.
+        self._turn = threading.RLock()
         self._result: ResultT | None = None
+        self._error: Exception | None = None
 
     @property
     def cancelled(self) -> bool:
@@ -167,12 +177,21 @@ class PulledStream(Generic[PieceT, ResultT]):
         return self
 
     def __next__(self) -> PieceT:
-        try:
-            return next(self._pieces)
-        except StopIteration as end:
-            if self._result is None and end.value is not None:
-                self._result = end.value
-            raise StopIteration from None
+        check_same_process(self._pid, "the stream was begun")
+        with self._turn:
+            if self._running():
+                raise InputError("the stream is being read already, by what this thread was interrupted in")
+            if self._error is not None:
+                raise self._error
+            try:
+                return next(self._pieces)
+            except StopIteration as end:
+                if self._result is None and end.value is not None:
+                    self._result = end.value
+                raise StopIteration from None
+            except Exception as error:
+                self._error = error
+                raise
 
     def result(self) -> ResultT:
         """See `ChatStream`. Raises InputError if the stream was closed before its end."""
@@ -188,10 +207,19 @@ class PulledStream(Generic[PieceT, ResultT]):
 
     def close(self) -> None:
         """See `ChatStream`. Where another thread is inside, the answer is cancelled instead."""
-        if inspect.getgeneratorstate(self._pieces) == inspect.GEN_RUNNING:
+        if not self._turn.acquire(blocking=False):
             self._cancellation.cancel()
-        else:
-            self._pieces.close()
+            return
+        try:
+            if self._running():
+                self._cancellation.cancel()
+            else:
+                self._pieces.close()
+        finally:
+            self._turn.release()
+
+    def _running(self) -> bool:
+        return inspect.getgeneratorstate(self._pieces) == inspect.GEN_RUNNING
 
     def __enter__(self) -> PulledStream[PieceT, ResultT]:
         return self

@@ -34,7 +34,6 @@ from edge_reasoner.engine.prefix import CachedSequence, CacheLimits, CachePool
 from edge_reasoner.engine.sampling import Scratch
 from edge_reasoner.engine.tokens import TextTokenizer
 from edge_reasoner.errors import BackendError, ContextOverflowError, InputError, OverloadedError
-from edge_reasoner.machine.process import check_same_process
 
 #: how long the end of the process waits for the model call under way
 _EXIT_WAIT_S = 10.0
@@ -122,7 +121,7 @@ class TokenStream:
         return self
 
     def __next__(self) -> TokenPiece:
-        check_same_process(self._pid)
+        _check_process(self._pid)
         job = self._job
         with job.ready:
             while not self._given_up and not job.pieces and job.outcome is None:
@@ -139,7 +138,7 @@ class TokenStream:
     def result(self) -> Generation:
         """Takes what is left of the pieces and gives the whole answer. Raises BackendError, and InputError if
         the stream was closed before its end."""
-        check_same_process(self._pid)
+        _check_process(self._pid)
         job = self._job
         with job.ready:
             while not self._given_up and job.outcome is None:
@@ -250,7 +249,7 @@ class Engine:
             raise ContextOverflowError(
                 f"the prompt has {len(prompt)} tokens; at most {limit - 1} fit a context of {limit} tokens"
             )
-        check_same_process(self._pid)
+        _check_process(self._pid)
         watch = Stopwatch(self._clock, self._clock())
         tail = self.tokenizer.decode(prompt[-_TAIL_TOKENS:], skip_special=False) if chat else None
         job = _Job(DecodeRequest(prompt, params, limit, hidden, tail), watch)
@@ -401,3 +400,10 @@ class _Loop:
         self._pool.close()
         self._decoder.model.close()
         atexit.unregister(self._at_exit)
+
+
+def _check_process(pid: int) -> None:
+    if pid != os.getpid():
+        raise BackendError(
+            "the model was opened before this process was forked; open it again in the child process"
+        )

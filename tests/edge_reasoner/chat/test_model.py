@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from edge_reasoner.chat.model import Cancellation, PulledStream, Usage
-from edge_reasoner.errors import CloudProtocolError, InputError
+from edge_reasoner.errors import CloudProtocolError, EdgeReasonerError, InputError
 
 TIMEOUT_S = 60
 
@@ -56,7 +56,7 @@ def _read_by(readers: int, stream: PulledStream, pieces: _Pieces) -> tuple[list[
             for piece in stream:
                 taken.append(piece)
             ends.append(stream.result())
-        except Exception as error:
+        except EdgeReasonerError as error:
             ends.append(error)
 
     threads = [threading.Thread(target=read) for _ in range(readers)]

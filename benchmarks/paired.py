@@ -2,9 +2,9 @@
 
     python benchmarks/paired.py --before ../other-checkout [--recipes int8,auto] [--rounds 5]
 
-Each round runs `edge-reasoner bench --json` of both checkouts one after the other (the order changes from
-round to round), so that a machine whose speed drifts moves both alike; every figure is the median of the
-rounds, and the ratios are taken round by round. Leave the machine alone.
+Each round runs `edge-reasoner bench --json` and `chat_turns.py` with both checkouts one after the other (the
+order changes from round to round), so that a machine whose speed drifts moves both alike; every figure is the
+median of the rounds, and the ratios are taken round by round. Leave the machine alone.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ FIGURES: Mapping[str, bool] = {
     "cold_first_token_ms": False,
     "load_ms": False,
     "peak_rss_mb": False,
+    **{f"turn_{turn}_ttft_ms": False for turn in (1, 2, 3, 4)},
 }
 _TIMEOUT_S = 1800
 _PROFILE = "raspberry-pi-5"
 
 
-def run(checkout: Path, module: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Runs a program of a checkout and gives its JSON object. SystemExit when it fails."""
+def run(checkout: Path, *command: str) -> dict[str, Any]:
+    """Runs Python with a checkout's packages and gives the JSON object printed. SystemExit when it fails."""
     paths = os.pathsep.join([str(checkout), str(checkout / "export")])
     done = subprocess.run(
-        [sys.executable, "-m", module, *arguments, "--json"],
+        [sys.executable, *command],
         env={**os.environ, "PYTHONPATH": paths},
         cwd=checkout,
         capture_output=True,
@@ -46,7 +47,7 @@ def run(checkout: Path, module: str, arguments: Sequence[str]) -> dict[str, Any]
         check=False,
     )
     if done.returncode:
-        raise SystemExit(f"{checkout.name}: {module} {' '.join(arguments)}: {done.stderr.strip()[-500:]}")
+        raise SystemExit(f"{checkout.name}: {' '.join(command)}: {done.stderr.strip()[-500:]}")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -58,10 +59,19 @@ def bundle_of(checkout: Path, side: str, model: Path, recipe: str) -> Path:
         say(f"exporting {recipe} with the code {side}")
         run(
             checkout,
-            "edge_export.cli",
-            [str(model), "--profile", _PROFILE, "--recipe", recipe, "--out", str(out)],
+            *("-m", "edge_export.cli", str(model), "--profile", _PROFILE),
+            *("--recipe", recipe, "--out", str(out), "--json"),
         )
     return out
+
+
+def figures(checkout: Path, bundle: Path) -> dict[str, float]:
+    """One measurement of all figures."""
+    found = run(checkout, "-m", "edge_reasoner.cli.main", "bench", str(bundle), "--repeat", "3", "--json")
+    turns = run(checkout, str(ROOT / "benchmarks" / "chat_turns.py"), str(bundle), "--conversations", "3")
+    for number, ttft_ms in enumerate(turns["ttft_ms"], 1):
+        found[f"turn_{number}_ttft_ms"] = ttft_ms
+    return {name: float(found[name]) for name in FIGURES}
 
 
 def bundle_bytes(bundle: Path) -> int:
@@ -73,7 +83,7 @@ def compared(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str,
     """Medians of both sides and of the ratios after/before, round by round."""
     found = {}
     for name in FIGURES:
-        pairs = [(float(b[name]), float(a[name])) for b, a in zip(before, after, strict=True)]
+        pairs = [(b[name], a[name]) for b, a in zip(before, after, strict=True)]
         ratios = [a / b for b, a in pairs]
         found[name] = {
             "before": statistics.median(b for b, _ in pairs),
@@ -115,14 +125,12 @@ def table(document: Mapping[str, Any]) -> str:
 def measure(sides: Mapping[str, Path], model: Path, recipe: str, rounds: int) -> dict[str, Any]:
     """One recipe: both sides' runs in turn."""
     bundles = {side: bundle_of(checkout, side, model, recipe) for side, checkout in sides.items()}
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(rounds):
         order = list(sides) if number % 2 == 0 else list(reversed(sides))
         for side in order:
             say(f"{recipe}: round {number + 1} of {rounds}, {side}")
-            runs[side].append(
-                run(sides[side], "edge_reasoner.cli.main", ["bench", str(bundles[side]), "--repeat", "3"])
-            )
+            runs[side].append(figures(sides[side], bundles[side]))
     return {
         "figures": compared(runs["before"], runs["after"]),
         "bundle_bytes": {side: bundle_bytes(bundle) for side, bundle in bundles.items()},

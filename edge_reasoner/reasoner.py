@@ -215,6 +215,11 @@ class Reasoner:
         """A conversation. Its turns reuse the KV cache, also where other queries come in between."""
         return ChatSession(self, system)
 
+    def prefill_ahead(self, messages: Sequence[Message]) -> None:
+        """Tells that a chat goes on: what its next turn begins with is computed on the device, while nothing
+        else is asked. Never waits. Sessions do it by themselves after an answer of the device."""
+        self._local.prefill_ahead(tuple(messages))
+
     def close(self) -> None:
         """Releases model, encoder and connections."""
         self._local.close()
@@ -291,6 +296,8 @@ class ChatSession:
     def _keep(self, turn: list[Message], answer: Answer) -> Answer:
         with self._lock:
             self._messages = [*turn, {"role": "assistant", "content": answer.text}]
+        if answer.source != "cloud":
+            self._reasoner.prefill_ahead(self._messages)
         return answer
 
 

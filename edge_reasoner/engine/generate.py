@@ -17,12 +17,14 @@ from edge_reasoner.backends.base import DecoderModel, Step
 from edge_reasoner.chat.model import FinishReason, Usage
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.chat.thinking import Split, ThinkingSplitter, is_marker
-from edge_reasoner.engine.prefix import CachedSequence, HiddenMark, chunk_end
+from edge_reasoner.engine.prefix import CachedSequence, CachePool, HiddenMark, chunk_end
 from edge_reasoner.engine.sampling import Scratch, choose
 from edge_reasoner.engine.stopping import StopMatcher
 from edge_reasoner.engine.tokens import IncrementalDecoder, TextTokenizer
 
 Hidden = NDArray[np.float32]
+#: no token's id: stands for what follows the known beginning of a prompt
+_UNKNOWN = -1
 
 
 class TokenPiece(str):
@@ -174,6 +176,41 @@ class Decoder:
         usage = Usage(len(request.prompt), 0)
         return Generation("", None, self.model_name, (), "cancelled", usage, timings)
 
+    def extend(self, sequence: CachedSequence, tokens: tuple[int, ...], *, hidden: bool) -> Step:
+        """Appends tokens; the step has the last one's logits."""
+        step = self.model.extend(sequence.cache, np.asarray(tokens, np.int64), 1, hidden=hidden)
+        sequence.tokens.extend(tokens)
+        return step
+
+    def feed_chunk(self, sequence: CachedSequence, prompt: tuple[int, ...], *, hidden: bool) -> Step:
+        """Feeds the prompt up to the next chunk border: the same calls whatever was reused."""
+        start = len(sequence.tokens)
+        border = chunk_end(start)
+        step = self.extend(sequence, prompt[start : min(border, len(prompt))], hidden=hidden)
+        if step.hidden_sum is not None and step.hidden_last is not None:
+            before = sequence.hidden_at(start)
+            total = step.hidden_sum.copy() if before is None else before.total + step.hidden_sum
+            sequence.mark_hidden(HiddenMark(total, step.hidden_last.copy()))
+        if border <= len(prompt):
+            sequence.mark_border()
+        return step
+
+    def feed_ahead(self, pool: CachePool, prompt: tuple[int, ...], *, hidden: bool) -> bool:
+        """Feeds one more whole chunk of a prompt that is expected; whether another is left. BackendError."""
+        expected = (*prompt, _UNKNOWN)
+        if chunk_end(pool.cached_tokens(expected, hidden=hidden)) > len(prompt):
+            return False
+        sequence = pool.take(expected, len(prompt), hidden=hidden)
+        if sequence is None:
+            return False
+        try:
+            self.feed_chunk(sequence, prompt, hidden=hidden)
+        except Exception:
+            pool.drop(sequence)
+            raise
+        pool.give_back(sequence)
+        return chunk_end(len(sequence.tokens)) <= len(prompt)
+
 
 class Decoding:
     """One answer under way. Belongs to the loop's thread."""
@@ -275,32 +312,14 @@ class Decoding:
         return [*self._request.prompt, *self._answer]
 
     def _prefill_chunk(self) -> Step:
-        """Feeds the prompt up to the next chunk border: the same calls whatever was reused."""
-        sequence, prompt = self._sequence, self._request.prompt
-        start = len(sequence.tokens)
-        border = chunk_end(start)
-        step = self._extend(prompt[start : min(border, len(prompt))])
-        if step.hidden_sum is not None and step.hidden_last is not None:
-            before = sequence.hidden_at(start)
-            total = step.hidden_sum.copy() if before is None else before.total + step.hidden_sum
-            sequence.mark_hidden(HiddenMark(total, step.hidden_last.copy()))
-        if border <= len(prompt):
-            sequence.mark_border()
-        return step
+        return self._decoder.feed_chunk(self._sequence, self._request.prompt, hidden=self._request.hidden)
 
     def _feed(self, token_id: int) -> Step:
-        step = self._extend((token_id,))
+        step = self._decoder.extend(self._sequence, (token_id,), hidden=self._request.hidden)
         if step.hidden_sum is not None and step.hidden_last is not None:
             last = step.hidden_last.copy()
             self._answer_sum = last if self._answer_sum is None else self._answer_sum + last
             self._answer_last = last
-        return step
-
-    def _extend(self, tokens: tuple[int, ...]) -> Step:
-        step = self._decoder.model.extend(
-            self._sequence.cache, np.asarray(tokens, np.int64), 1, hidden=self._request.hidden
-        )
-        self._sequence.tokens.extend(tokens)
         return step
 
     def _whole(self, finish: FinishReason, reused: int, timings: DecodeTimings) -> Generation:

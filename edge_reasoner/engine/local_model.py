@@ -9,7 +9,10 @@ from edge_reasoner.chat.model import ChatRequest
 from edge_reasoner.contract.template.render import ChatTemplate, Message
 from edge_reasoner.engine.loop import Engine, TokenStream
 from edge_reasoner.engine.tokens import TextTokenizer
-from edge_reasoner.errors import TemplateError
+from edge_reasoner.errors import InputError, TemplateError
+
+#: stands for what the user will say; templates may trim it, so it has no blanks at its ends
+_NEXT_WORDS = "[the next words]"
 
 
 class LocalModel:
@@ -69,6 +72,27 @@ class LocalModel:
             hidden=request.hidden,
             chat=request.text is None,
         )
+
+    def prefill_ahead(self, messages: Sequence[Message]) -> None:
+        """Feeds what the next turn of a chat will begin with, while nothing else is asked; never waits.
+
+        A chat that cannot be read is left alone: its next turn says why.
+        """
+        try:
+            known = self._next_turn_ids(messages)
+        except InputError:
+            return
+        self._engine.prefill_ahead(known)
+
+    def _next_turn_ids(self, messages: Sequence[Message]) -> list[int]:
+        """All that comes before the next user's words, whatever these are."""
+        if self._template is None:
+            return self.prompt_ids(messages)
+        if isinstance(self._template, TemplateError):
+            return []
+        turn: Message = {"role": "user", "content": _NEXT_WORDS}
+        known, _, _ = self._template.render([*messages, turn]).rpartition(_NEXT_WORDS)
+        return self.tokenizer.encode(known) if known else []
 
     def close(self) -> None:
         """Ends the engine and releases the model."""

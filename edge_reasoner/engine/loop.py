@@ -6,6 +6,9 @@ reader is never waited for: pieces are kept until they are read, at most as many
 tokens, and a finished answer gives its place away whether it was read or not. A stream that is cancelled,
 closed or dropped ends before the model's next call for it.
 
+While nothing is asked, prompts that are expected to come are fed ahead, a chunk a turn; a request waits for
+one such chunk at most.
+
 No lock is held while a model call runs or a reader's code does.
 """
 
@@ -37,6 +40,8 @@ from edge_reasoner.errors import BackendError, ContextOverflowError, InputError,
 
 #: how long the end of the process waits for the model call under way
 _EXIT_WAIT_S = 10.0
+#: prompts that are fed ahead at once; of more, the oldest are forgotten
+_AHEAD_PROMPTS = 4
 #: tokens of a prompt's end that show whether its template opened a block of thinking
 _TAIL_TOKENS = 16
 
@@ -90,6 +95,14 @@ class _Active:
     sequence: CachedSequence
     decoding: Decoding
     turns: Iterator[None]
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """The beginning of a prompt that is expected."""
+
+    prompt: tuple[int, ...]
+    hidden: bool
 
 
 class TokenStream:
@@ -256,6 +269,17 @@ class Engine:
         self._loop.submit(job)
         return TokenStream(job, self, self._pid)
 
+    def prefill_ahead(self, prompt_ids: Sequence[int], *, hidden: bool = False) -> None:
+        """Feeds what a coming prompt is expected to begin with, while nothing else is asked; never waits.
+
+        Only whole chunks are fed, since only these can be reused. Errors are those of the prompt that comes
+        later, and what does not fit or cannot be a prompt is left alone. Work that nobody needs in the end
+        has cost energy: call it where the conversation goes on more often than not.
+        """
+        prompt = tuple(int(token) for token in prompt_ids)[: self._context_tokens]
+        if prompt and min(prompt) >= 0 and max(prompt) < self._model.vocab_size and self._pid == os.getpid():
+            self._loop.prefill_ahead(_Ahead(prompt, hidden))
+
     def close(self) -> None:
         """Ends the thread after its present model call, fails what is unfinished, releases the model."""
         if self._pid == os.getpid():
@@ -276,6 +300,7 @@ class _Loop:
         self._unfinished = 0
         self._stopping = False
         self._active: list[_Active] = []
+        self._ahead: deque[_Ahead] = deque(maxlen=_AHEAD_PROMPTS)
         self._thread: threading.Thread | None = None
 
     def submit(self, job: _Job) -> None:
@@ -294,6 +319,13 @@ class _Loop:
             self._waiting.append(job)
             self._unfinished += 1
             self._changed.notify_all()
+
+    def prefill_ahead(self, ahead: _Ahead) -> None:
+        """Queues it, if the loop runs."""
+        with self._changed:
+            if self._thread is not None and not self._stopping:
+                self._ahead.append(ahead)
+                self._changed.notify_all()
 
     def _started(self) -> threading.Thread:
         thread = threading.Thread(target=self._run, name="edge-reasoner-engine", daemon=True)
@@ -332,13 +364,15 @@ class _Loop:
             while self._round():
                 for active in tuple(self._active):
                     self._turn(active)
+                if not self._active:
+                    self._turn_ahead()
         finally:
             self._end()
 
     def _round(self) -> bool:
         """Waits for work and admits what there is room for; False at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._waiting or self._active)
+            self._changed.wait_for(lambda: self._stopping or self._waiting or self._active or self._ahead)
             if self._stopping:
                 return False
             given_up = [job for job in self._waiting if job.cancelled]
@@ -384,6 +418,20 @@ class _Loop:
             self._pool.drop(active.sequence)
             self._finish(active.job, outcome or BackendError("the answer ended without a result"))
 
+    def _turn_ahead(self) -> None:
+        """One chunk of what is expected, unless something is asked."""
+        with self._changed:
+            if self._stopping or self._waiting or not self._ahead:
+                return
+            ahead = self._ahead.popleft()
+        try:
+            unfinished = self._decoder.feed_ahead(self._pool, ahead.prompt, hidden=ahead.hidden)
+        except BackendError:
+            return  # the prompt will meet the same trouble, and tell whoever asks
+        with self._changed:
+            if unfinished and len(self._ahead) < _AHEAD_PROMPTS:
+                self._ahead.append(ahead)
+
     def _finish(self, job: _Job, outcome: Generation | Exception) -> None:
         with self._changed:
             self._unfinished -= 1
@@ -394,6 +442,7 @@ class _Loop:
             self._stopping = True
             jobs = [*self._waiting, *(active.job for active in self._active)]
             self._waiting.clear()
+            self._ahead.clear()
         self._active.clear()
         for job in jobs:
             self._finish(job, BackendError("the model was closed before the answer was done"))

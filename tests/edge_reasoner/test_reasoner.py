@@ -205,8 +205,8 @@ def test_session_keeps_the_cache() -> None:
         assert first.cached_tokens == 0
         reasoner.ask("about a train")  # another query in between takes nothing away
         second = chat.ask("And the capital again?").usage
-        # whole chunks of the first prompt: what they hold is the same, warm or cold
-        assert MIN_CHUNK_TOKENS <= second.cached_tokens <= first.prompt_tokens
+        # whole chunks of the first prompt at least; more, where the second was fed ahead in time
+        assert MIN_CHUNK_TOKENS <= second.cached_tokens < second.prompt_tokens
         assert "".join(chat.stream("capital?")) == "Paris is the capital."
         assert [m["role"] for m in chat.messages] == ["system", *["user", "assistant"] * 3]
         with pytest.raises(InputError):

@@ -142,7 +142,7 @@ def test_an_ended_stream_costs_no_further_call(end: str, calls_before: int) -> N
         assert model.calls_with(A) == calls_before
 
 
-@pytest.mark.parametrize("calls_before", [0, 2, 6])
+@pytest.mark.parametrize("calls_before", [0, 2, 7])
 def test_what_a_cancelled_answer_says(calls_before: int) -> None:
     """It ends with "cancelled", the pieces that were made until then, and their count."""
     model = echo()
@@ -156,8 +156,8 @@ def test_what_a_cancelled_answer_says(calls_before: int) -> None:
         if first is not None:
             first.cancel()
         done = stream.result()
-        # a prompt of 200 tokens is four calls; then each call is followed by a token
-        tokens = max(0, calls_before - 4)
+        # a prompt of 200 tokens is five calls; then each call is followed by a token
+        tokens = max(0, calls_before - 5)
         assert (done.finish_reason, len(done.token_ids)) == ("cancelled", tokens)
         assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (200, tokens)
 

@@ -90,7 +90,7 @@ def test_bytes_are_bounded() -> None:
         assert [_ask(engine, [v] * 60) for v in (3, 2)] == [32, 0]
         assert _ask(engine, [5] * 600) == 0
         assert len(_kept(model)) == 1
-        assert _ask(engine, [5] * 600) == 512
+        assert _ask(engine, [5] * 600) == 576
         assert _ask(engine, [1] * 20) == 0
         assert sum(cache.length_tokens for cache in _kept(model)) <= 200
 
@@ -229,6 +229,77 @@ def test_no_answer_depends_on_what_was_cached(rounds, count: int, kept_bytes: in
             held = sum(cache.length_tokens for cache in kept)
             assert len(kept) <= count
             assert kept_bytes is None or held <= kept_bytes or len(kept) == 1
+
+
+def test_what_is_expected_is_fed_ahead() -> None:
+    """Whole chunks of a prompt's beginning are fed while nothing is asked; then the prompt finds them."""
+    begin = list(range(100, 250))
+    model = _model()
+    with _pool(model) as engine:
+        engine.prefill_ahead(begin)
+        assert not model.fed, "no thread is started for what may not come"
+        _ask(engine, [1])
+        with model.held():
+            engine.prefill_ahead(begin)
+            engine.prefill_ahead([])
+            engine.prefill_ahead([VOCAB])
+            model.arrive()
+            model.step(2)
+        assert _ask(engine, [*begin, 7]) == 128
+        assert [len(tokens) for _, tokens in model.fed[2:6]] == [32, 32, 64, 23]
+
+
+def test_what_is_asked_goes_before_what_is_expected() -> None:
+    """A request waits for one chunk at most; what is left of the expected prompt is fed after it."""
+    begin, asked = list(range(100, 250)), [9] * 40
+    model = _model()
+    with _pool(model) as engine:
+        _ask(engine, [1])
+        with model.held():
+            engine.prefill_ahead(begin)
+            model.arrive()
+            stream = engine.submit(asked, SamplingParams(max_tokens=2))
+            model.step(3)
+            assert [tokens[0] for _, tokens in model.fed[-4:]] == [100, 9, 9, _next(asked)]
+            model.step(2)
+            assert [tokens[0] for _, tokens in model.fed[-2:]] == [132, 164]
+        assert stream.result().token_ids == _cold(asked, 2)
+        assert _ask(engine, [*begin, 7]) == 128
+
+
+def test_a_trouble_ahead_is_told_to_who_asks() -> None:
+    """A call that fails ahead of a prompt costs its cache only; the prompt itself gets the error."""
+    model = echo()
+
+    def before(tokens) -> None:
+        if 9 in tokens:
+            raise BackendError("broken")
+
+    model.before = before
+    with closing(engine_of(model)) as engine:
+        assert engine.submit([5], SamplingParams(max_tokens=1)).result().token_ids == (5,)
+        with model.held():
+            engine.prefill_ahead([9] * 70)
+            model.arrive()
+        assert engine.submit([5], SamplingParams(max_tokens=2)).result().token_ids == (5, 5)
+        with pytest.raises(BackendError, match="broken"):
+            engine.submit([9] * 70, SamplingParams(max_tokens=1)).result()
+        assert all(9 not in tokens for cache in _kept(model) for c, tokens in model.fed if c is cache)
+
+
+@settings(deadline=None, max_examples=40)
+@given(prompts=st.lists(st.tuples(PROMPTS, PROMPTS, st.booleans()), min_size=1, max_size=6))
+def test_no_answer_depends_on_what_was_fed_ahead(prompts) -> None:
+    """Whatever was expected, right or wrong: answers and hidden states are the cold ones."""
+    model = _model(256)
+    with _pool(model, count=2) as engine:
+        for expected, prompt, hidden in prompts:
+            engine.prefill_ahead(expected, hidden=hidden)
+            done = engine.submit(prompt, SamplingParams(max_tokens=3), hidden=hidden).result()
+            assert done.token_ids == _cold(prompt, 3)
+            if done.hidden is not None:
+                assert done.hidden.prompt_last.tolist() == [prompt[-1], 1]
+                assert float(done.hidden.prompt_mean[0]) * len(prompt) == pytest.approx(sum(prompt))
 
 
 @settings(deadline=None, max_examples=30)

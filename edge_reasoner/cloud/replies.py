@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from edge_reasoner.cloud.answer import AnswerUnderWay
 from edge_reasoner.cloud.base import CloudLimits
@@ -88,15 +89,14 @@ def _unfinished(answer: AnswerUnderWay) -> CloudUnavailableError:
 
 def _peeked(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
     """The first byte that is neither space nor byte order mark, and all chunks."""
-    head = b""
+    kept, head, at_start = bytearray(), b"", True
     for chunk in chunks:
+        kept += chunk
         head += chunk
-        text = head.removeprefix(_BOM).lstrip()
-        if text and not _BOM.startswith(head):
-            return text[:1], _chained(head, chunks)
-    return b"", iter((head,))
-
-
-def _chained(head: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    yield head
-    yield from chunks
+        if at_start and _BOM.startswith(head):
+            continue
+        text = (head.removeprefix(_BOM) if at_start else head).lstrip()
+        if text:
+            return text[:1], chain((bytes(kept),), chunks)
+        head, at_start = b"", False
+    return b"", iter((bytes(kept),))

@@ -1,5 +1,6 @@
 """Server-sent events as the WHATWG standard has them (HTML, 9.2), from an untrusted server: bounded lines,
-bounded total.
+bounded total. Work grows with the bytes, and what means nothing (comments, unknown fields, runs of empty lines)
+is passed over many lines at once.
 
 Different from the standard in one thing: an event that the end of the stream cuts off is given too, marked
 as not `whole`; endpoints that forget the last empty line are common.
@@ -13,7 +14,10 @@ from dataclasses import dataclass
 
 from edge_reasoner.errors import CloudProtocolError
 
-_LINE_END = re.compile(rb"\r\n|\n|\r")
+#: lines that are neither empty nor `data` or `event`
+_UNKNOWN_LINES = re.compile(rb"^(?!(?:data|event)[:\n])[^\n]+\n", re.MULTILINE)
+#: a run of empty lines, or a field with its value
+_MEANING = re.compile(rb"^(?:\n+|(data|event)(?::[ ]?([^\n]*))?\n)", re.MULTILINE)
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -33,23 +37,23 @@ def read_events(chunks: Iterable[bytes], *, line_bytes: int, response_bytes: int
     Raises CloudProtocolError for a line or a response beyond its bound.
     """
     name, data = "", list[str]()
-    for line in _lines(chunks, line_bytes, response_bytes):
-        if not line:
-            if data:
-                yield Event(name or "message", "\n".join(data))
-            name, data = "", []
-            continue
-        field, _, value = line.partition(":")
-        value = value.removeprefix(" ")
-        if field == "data":
-            data.append(value)
-        elif field == "event":
-            name = value
+    for block in _whole_lines(chunks, line_bytes, response_bytes):
+        for found in _MEANING.finditer(_UNKNOWN_LINES.sub(b"", block)):
+            field, value = found.groups(b"")
+            if field == b"data":
+                data.append(value.decode("utf-8", "replace"))
+            elif field:
+                name = value.decode("utf-8", "replace")
+            else:
+                if data:
+                    yield Event(name or "message", "\n".join(data))
+                name, data = "", []
     if data:
         yield Event(name or "message", "\n".join(data), whole=False)
 
 
-def _lines(chunks: Iterable[bytes], line_bytes: int, response_bytes: int) -> Iterator[str]:
+def _whole_lines(chunks: Iterable[bytes], line_bytes: int, response_bytes: int) -> Iterator[bytes]:
+    """Blocks of whole lines, each line ended by a newline, also the last."""
     rest: list[bytes] = []
     rest_bytes = total_bytes = 0
     after_cr = False
@@ -60,19 +64,21 @@ def _lines(chunks: Iterable[bytes], line_bytes: int, response_bytes: int) -> Ite
         if after_cr and chunk:
             # the second half of a CRLF that was cut
             chunk, after_cr = chunk.removeprefix(b"\n"), False
-        at = 0
-        for end in _LINE_END.finditer(chunk):
-            rest.append(chunk[at : end.start()])
-            yield _text(b"".join(rest), line_bytes)
-            rest, rest_bytes, at = [], 0, end.end()
         after_cr = after_cr or chunk.endswith(b"\r")
-        if at < len(chunk):
-            rest.append(chunk[at:])
-            rest_bytes += len(chunk) - at
+        chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        end = chunk.rfind(b"\n") + 1
+        if end:
+            block = b"".join((*rest, chunk[:end]))
+            _check_lines(block, line_bytes)
+            yield block
+            rest, rest_bytes = [], 0
+        if end < len(chunk):
+            rest.append(chunk[end:])
+            rest_bytes += len(chunk) - end
         if rest_bytes > line_bytes:
             raise _too_long(line_bytes)
     if rest:
-        yield _text(b"".join(rest), line_bytes)
+        yield b"".join((*rest, b"\n"))
 
 
 def _without_bom(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -90,10 +96,9 @@ def _without_bom(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield head
 
 
-def _text(line: bytes, line_bytes: int) -> str:
-    if len(line) > line_bytes:
+def _check_lines(block: bytes, line_bytes: int) -> None:
+    if len(block) > line_bytes and max(map(len, block.split(b"\n"))) > line_bytes:
         raise _too_long(line_bytes)
-    return line.decode("utf-8", "replace")
 
 
 def _too_long(line_bytes: int) -> CloudProtocolError:

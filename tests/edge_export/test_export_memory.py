@@ -16,7 +16,7 @@ from support.tiny_models import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, HIDDEN, FFN, HEADS = 14, 640, 2560, 10
-#: Above what the imports take and the mapped checkpoint: one layer's weights several times over, activations, the mapped bundle.
+#: Above what the imports take and the mapped checkpoint: one layer's weights several times over, activations.
 ALLOWED_MB = 320
 
 #: The system itself holds the export to what it may take: an allocation beyond it fails. RLIMIT_DATA counts
@@ -29,7 +29,8 @@ import torch
 torch.set_num_threads(2)
 from edge_export.options import ExportOptions
 from edge_export.pipeline import export
-import onnxruntime
+from edge_reasoner.backends import load_backend
+load_backend("onnxruntime")
 with open("/proc/self/status") as file:
     before = next(int(line.split()[1]) for line in file if line.startswith("VmData")) * 1024
 mapped = sum(path.stat().st_size for path in Path(sys.argv[1]).glob("*.safetensors"))

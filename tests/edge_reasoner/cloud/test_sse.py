@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -104,3 +106,54 @@ def test_bounds() -> None:
             list(read_events(chunks, line_bytes=50, response_bytes=500))
     with pytest.raises(CloudProtocolError, match="exceeds 500"):
         list(read_events([b": ping\n"] * 100, line_bytes=50, response_bytes=500))
+
+
+def _calls(act: Callable[[], object]) -> int:
+    """How many functions, Python's and C's, `act` calls."""
+    count = 0
+
+    def note(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        act()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize(
+    "idle", [b": ping\n", b":\n\n", b"\n", b"\r\n", b"\r", b"x\n:\n\n", b"id: 1\r\n", b"dat\n\nevents:\n"]
+)
+def test_lines_that_say_nothing_cost_next_to_nothing(idle: bytes) -> None:
+    """A hundred times as many of them in a chunk are passed over with the same number of steps."""
+
+    def read(count: int) -> None:
+        stream = [b"data: a\n", idle * count, b"\ndata: b\n\n"]
+        events = list(read_events(stream, line_bytes=50, response_bytes=10_000_000))
+        assert [event.data for event in events] in (["a", "b"], ["a\nb"])
+
+    read(1)
+    assert _calls(lambda: read(50_000)) <= _calls(lambda: read(500)) + 5
+
+
+def test_each_byte_is_handled_once_however_it_is_cut() -> None:
+    """A line in single bytes: steps grow with the bytes, and no faster."""
+
+    def read(count: int) -> None:
+        sent = [b"d", b"ata: ", *[b"x"] * count, b"\n", b"\n"]
+        (event,) = read_events(sent, line_bytes=10**6, response_bytes=10**6)
+        assert len(event.data) == count
+
+    assert _calls(lambda: read(4000)) <= 4.1 * _calls(lambda: read(1000))
+
+
+def test_the_bounds_hold_for_lines_that_say_nothing() -> None:
+    """A comment may not be longer than a line, nor many of them than a response."""
+    for chunks in ([b":" + b"a" * 50 + b"\n"], [b"\n\n:" + b"a" * 50 + b"\n\n"], [b":", b"a" * 50]):
+        with pytest.raises(CloudProtocolError, match="line of more than 50"):
+            list(read_events(chunks, line_bytes=50, response_bytes=10**6))
+    fits = [b":" + b"a" * 49 + b"\n", b"\n" * 1000, b"data: 1\n\n"]
+    assert [e.data for e in read_events(fits, line_bytes=50, response_bytes=10**6)] == ["1"]

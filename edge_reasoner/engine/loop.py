@@ -37,6 +37,7 @@ from edge_reasoner.engine.prefix import CachedSequence, CacheLimits, CachePool
 from edge_reasoner.engine.sampling import Scratch
 from edge_reasoner.engine.tokens import TextTokenizer
 from edge_reasoner.errors import BackendError, ContextOverflowError, InputError, OverloadedError
+from edge_reasoner.machine.process import check_same_process
 
 #: how long the end of the process waits for the model call under way
 _EXIT_WAIT_S = 10.0
@@ -134,7 +135,7 @@ class TokenStream:
         return self
 
     def __next__(self) -> TokenPiece:
-        _check_process(self._pid)
+        check_same_process(self._pid)
         job = self._job
         with job.ready:
             while not self._given_up and not job.pieces and job.outcome is None:
@@ -151,7 +152,7 @@ class TokenStream:
     def result(self) -> Generation:
         """Takes what is left of the pieces and gives the whole answer. Raises BackendError, and InputError if
         the stream was closed before its end."""
-        _check_process(self._pid)
+        check_same_process(self._pid)
         job = self._job
         with job.ready:
             while not self._given_up and job.outcome is None:
@@ -262,7 +263,7 @@ class Engine:
             raise ContextOverflowError(
                 f"the prompt has {len(prompt)} tokens; at most {limit - 1} fit a context of {limit} tokens"
             )
-        _check_process(self._pid)
+        check_same_process(self._pid)
         watch = Stopwatch(self._clock, self._clock())
         tail = self.tokenizer.decode(prompt[-_TAIL_TOKENS:], skip_special=False) if chat else None
         job = _Job(DecodeRequest(prompt, params, limit, hidden, tail), watch)
@@ -449,10 +450,3 @@ class _Loop:
         self._pool.close()
         self._decoder.model.close()
         atexit.unregister(self._at_exit)
-
-
-def _check_process(pid: int) -> None:
-    if pid != os.getpid():
-        raise BackendError(
-            "the model was opened before this process was forked; open it again in the child process"
-        )

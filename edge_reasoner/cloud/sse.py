@@ -1,6 +1,6 @@
 """Server-sent events as the WHATWG standard has them (HTML, 9.2), from an untrusted server: bounded lines,
-bounded total. Work grows with the bytes; what means nothing (comments, unknown fields, runs of empty lines) is
-passed over many lines at once.
+bounded total. Work grows with the bytes; lines that mean nothing (comments, unknown fields, empty lines in a
+row) are passed over many at once.
 
 Different from the standard in one thing: an event that the end of the stream cuts off is given too, marked
 as not `whole`; endpoints that forget the last empty line are common.

@@ -21,6 +21,7 @@ from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.cloud import connect
 from edge_reasoner.cloud.base import CloudOptions
 from edge_reasoner.errors import InputError
+from edge_reasoner.files import exists
 from edge_reasoner.reasoner import Reasoner, sampling_params
 
 #: `parameters` that `infer` takes: the sampling parameters, and `attention_window`
@@ -73,7 +74,7 @@ class InferenceClient:
             environment = os.environ if api_key is None else {**os.environ, _KEY_NAME: api_key}
             key_env = "OPENAI_API_KEY" if api_key is None else _KEY_NAME
             self._cloud = connect(CloudOptions(place, model_name, key_env, environment))
-        elif Path(place).exists():
+        elif exists(Path(place)):
             self._bundle = Path(place)
         else:
             raise InputError(

@@ -68,6 +68,23 @@ def utf8_path(path: Path, *, error: ErrorType = InputError) -> str:
         ) from problem
 
 
+def exists(path: Path) -> bool:
+    """Whether anything is at `path`. What cannot be looked at (a name too long, a folder without the right to
+    enter it) is not there for us: whoever needs it says so in its own words."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether a regular file, or a link to one, is at `path`; otherwise as `exists`."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_bytes(
     path: Path, limit_bytes: int, *, error: ErrorType = InputError, regular: bool = False
 ) -> bytes:
@@ -218,14 +235,15 @@ def _object(text: str, where: str) -> dict[str, Any]:
         row = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         row = parse_json(text, where, allow_nan=True)
-        if not _is_unicode(row):
+        if not is_unicode(row):
             raise InputError(f"{where}: a lone surrogate (half a character, as \\ud800) in it") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: a {type(row).__name__}; each line must be a JSON object")
     return row
 
 
-def _is_unicode(value: object) -> bool:
+def is_unicode(value: object) -> bool:
+    """Whether a JSON value can be written as UTF-8: no lone surrogate is in it."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:

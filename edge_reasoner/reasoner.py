@@ -34,7 +34,13 @@ from edge_reasoner.gate.policy import Policy, check_mode
 from edge_reasoner.machine.cache_dir import default_cache_dir
 from edge_reasoner.preprocess.preprocessor import Preprocessor
 from edge_reasoner.query.answer import Answer, Piece
-from edge_reasoner.query.assemble import Machine, default_threads, open_local_model, open_preprocessor
+from edge_reasoner.query.assemble import (
+    Machine,
+    closed_on_failure,
+    default_threads,
+    open_local_model,
+    open_preprocessor,
+)
 from edge_reasoner.query.inspect import Query
 from edge_reasoner.query.routing import Pieces, Router
 
@@ -122,9 +128,11 @@ class Reasoner:
         local, activation = open_local_model(
             opened, machine, context_tokens=context_tokens, has_cloud=client is not None
         )
+        with closed_on_failure(local):
+            preprocessor = open_preprocessor(opened, machine)
         return cls(
             local,
-            open_preprocessor(opened, machine),
+            preprocessor,
             client,
             mode=checked_mode,
             policy=policy,

@@ -167,7 +167,7 @@ class _Setup:
         candidate = Candidate(variant_id=cached.variant_id, session_options=cached.session_options)
         try:
             return self.open(candidate)
-        except BackendError:
+        except (BackendError, BundleError):  # BundleError: a file of the cache names options of its own
             return None
 
     def _trial(self, model: DecoderModel | EncoderModel) -> Trial:

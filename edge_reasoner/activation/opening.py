@@ -18,6 +18,7 @@ from typing import Literal
 
 from edge_reasoner.contract.bundle.open import Bundle, ByteProgress, open_bundle
 from edge_reasoner.errors import BundleError
+from edge_reasoner.files import is_file
 
 #: unpacked bundles together, apart from the one that is being opened
 MAX_UNPACKED_BYTES = 8_000_000_000
@@ -40,7 +41,7 @@ def open_bundle_at(
     written, to a temporary folder that is removed when the process ends. It is verified in full either way.
     Raises BundleError.
     """
-    if not Path(path).is_file():
+    if not is_file(Path(path)):
         return open_bundle(path, verify, progress=progress)
     # tarfile is not imported by a process that opens a directory
     from edge_reasoner.contract.bundle.tar import unpack_bundle

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ MAX_REPEATS = 1000
 _LOADS = 3
 _FRESH_TIMEOUT_S = 1800.0
 _FIRST_TOKEN = "first-token"
-_FRESH = "import sys\nfrom edge_reasoner.bench.bench import run_fresh\nrun_fresh(sys.argv[1])\n"
+_FRESH = "import sys\nfrom edge_reasoner.bench.bench import run_fresh\nrun_fresh(sys.stdin.readline())\n"
 
 
 @dataclass(frozen=True)
@@ -245,16 +246,16 @@ def _measure_runs(
     clock: Callable[[], float],
     advance: Callable[[str], None],
 ) -> list[_Run]:
-    engine = _engine(bundle, activated, context, clock)
     params = SamplingParams(max_tokens=options.new_tokens)
     runs = []
-    for number in range(options.repeats + 1):
-        advance(f"run {number} of {options.repeats}" if number else "warm-up")
-        prompt = random_prompt(spec.vocab_size, options.prompt_tokens, (options.seed, number))
-        done = engine.submit(prompt, params).result()
-        if done.usage.cached_tokens or done.usage.completion_tokens != options.new_tokens:
-            raise BackendError(f"bench: {done.usage} instead of {options.new_tokens} uncached tokens")
-        runs.append(_Run(done.timings.prefill_tps, done.timings.decode_tps, done.timings.ttft_ms))
+    with closing(_engine(bundle, activated, context, clock)) as engine:
+        for number in range(options.repeats + 1):
+            advance(f"run {number} of {options.repeats}" if number else "warm-up")
+            prompt = random_prompt(spec.vocab_size, options.prompt_tokens, (options.seed, number))
+            done = engine.submit(prompt, params).result()
+            if done.usage.cached_tokens or done.usage.completion_tokens != options.new_tokens:
+                raise BackendError(f"bench: {done.usage} instead of {options.new_tokens} uncached tokens")
+            runs.append(_Run(done.timings.prefill_tps, done.timings.decode_tps, done.timings.ttft_ms))
     return runs[1:]
 
 
@@ -280,7 +281,8 @@ def _measure_fresh(
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     start_s = time.perf_counter()
     with subprocess.Popen(
-        [*python, "-c", _FRESH, json.dumps(arguments)],
+        [*python, "-c", _FRESH],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -289,7 +291,11 @@ def _measure_fresh(
         timer = threading.Timer(_FRESH_TIMEOUT_S, process.kill)
         timer.start()
         try:
-            assert process.stdout is not None, "a pipe was asked for"
+            assert process.stdin is not None and process.stdout is not None, "pipes were asked for"
+            with suppress(BrokenPipeError):  # it died; what it said comes below
+                # not as an argument: a long prompt is more than one may hold
+                process.stdin.write(json.dumps(arguments) + "\n")
+                process.stdin.flush()
             first = process.stdout.readline().strip()
             cold_ms = (time.perf_counter() - start_s) * 1e3
             rest, errors = process.communicate()

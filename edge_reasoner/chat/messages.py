@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from edge_reasoner.contract.template.render import Message
 from edge_reasoner.errors import InputError
@@ -28,7 +28,10 @@ def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
         if not prompt:
             raise InputError("the prompt is empty")
         return [{"role": "user", "content": prompt}]
-    messages = [dict(message) for message in prompt]
+    given = list(prompt) if isinstance(prompt, Sequence) else [None]
+    messages = [dict(message) for message in given if isinstance(message, Mapping)]
+    if len(messages) != len(given):
+        raise InputError("a prompt is a text, or a list of messages, each with a role and a content")
     if not messages:
         raise InputError("messages: at least one is needed")
     for message in messages:

@@ -21,6 +21,7 @@ from edge_reasoner.cli.options import (
 )
 from edge_reasoner.cli.output import json_option, note, print_json, progress_bar
 from edge_reasoner.errors import InputError
+from edge_reasoner.files import exists
 
 
 @click.command()
@@ -44,6 +45,8 @@ def batch(bundle: str, source: Path, target: Path, mode: str, as_json: bool, **o
 
     params = take_sampling(options)
     rows = read_batch(source)
+    if exists(target) and target.samefile(source):
+        raise InputError(f"{target}: is IN.jsonl itself; give the answers a file of their own")
     if not target.parent.is_dir():
         raise InputError(f"{target}: no such folder {str(target.parent)!r}")
     start_s = time.monotonic()

@@ -28,7 +28,7 @@ MAX_PROMPT_BYTES = 16 * 1024 * 1024
 
 bundle_argument = click.argument("bundle", type=click.Path())
 threads_option = click.option(
-    "--threads", type=int, help="Threads of one inference. Default: the cores, at most 8."
+    "--threads", type=int, help="Threads of one inference. Default: what this process may use, at most 8."
 )
 context_option = click.option(
     "--context-tokens", type=int, help="Room for prompt and answer together, in tokens."
@@ -129,7 +129,7 @@ def open_bundle_given(bundle: str, machine: Machine, verify: Literal["full", "si
 
 
 def open_machine(threads: int | None) -> Machine:
-    """The machine at hand with that many threads (default: its cores). Raises InputError."""
+    """The machine at hand with that many threads (default: what this process may use). Raises InputError."""
     from edge_reasoner.machine.cache_dir import default_cache_dir
     from edge_reasoner.query.assemble import Machine, default_threads
 

@@ -1,4 +1,5 @@
-"""The decode engine: tokens, chat templates, sampling, stop conditions and the generate loop.
+"""The decode engine: the scheduler, tokens, sampling, stop conditions and kept KV caches.
 
-Nothing here knows of bundles, gates or the network; sessions, clocks and random generators are passed in.
+Nothing here knows of gates or the network; models and clocks are passed in; a request's seed decides
+its draws.
 """

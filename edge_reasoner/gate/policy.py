@@ -50,17 +50,18 @@ class Policy:
     def __post_init__(self) -> None:
         for name in ("threshold", "threshold_before"):
             value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
+            if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
                 raise InputError(f"policy: {name}: {value!r} is not allowed; give a number from 0 to 1")
-        if not 1 <= self.early_tokens <= 4096:
+        if not isinstance(self.early_tokens, int) or not 1 <= self.early_tokens <= 4096:
             raise InputError(f"policy: early_tokens: {self.early_tokens!r} is not allowed; give 1 to 4096")
-        if self.max_cloud_prompt_chars < 0:
-            raise InputError("policy: max_cloud_prompt_chars: must be 0 or more")
+        most = self.max_cloud_prompt_chars
+        if not isinstance(most, int) or most < 0:
+            raise InputError(f"policy: max_cloud_prompt_chars: {most!r} is not allowed; give 0 or more")
         compiled = []
         for name, pattern in self.private_patterns.items():
             try:
                 compiled.append((name, re.compile(pattern)))
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise InputError(f"policy: private pattern {name!r}: {error}") from error
         object.__setattr__(self, "_compiled", tuple(compiled))
 

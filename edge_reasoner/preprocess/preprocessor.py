@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edge_reasoner.backends.base import EncoderModel
 from edge_reasoner.engine.tokens import TextTokenizer
+from edge_reasoner.errors import EdgeReasonerError
 from edge_reasoner.preprocess.features import PromptFeatures, extract
 
 #: A longer text is embedded from this many chunks spread over it: bounded work.
@@ -43,14 +44,19 @@ class Preprocessor:
         self._clock = clock
 
     def run(self, text: str) -> Preprocessed:
-        """Looks at one query. Raises InputError for text that cannot be tokenized."""
+        """Looks at one query. An encoder that fails, or cannot read the text, costs the embedding only:
+        whether the text can be answered is for the model to say."""
         start_s = self._clock()
         features = extract(text)
-        embedding = self.embed(text)
+        try:
+            embedding = self.embed(text)
+        except EdgeReasonerError:
+            embedding = None
         return Preprocessed(features, embedding, (self._clock() - start_s) * 1e3)
 
     def embed(self, text: str) -> NDArray[np.float32] | None:
-        """The embedding of `text`: of a text beyond the encoder's context, the mean of its chunks'."""
+        """The embedding of `text`: of a text beyond the encoder's context, the mean of its chunks'. Raises
+        InputError for text that cannot be tokenized, BackendError."""
         if self._session is None or self._tokenizer is None:
             return None
         ids = self._tokenizer.encode(text, add_special=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Protocol
 
 from edge_reasoner.activation.activate import activate
 from edge_reasoner.activation.store import Activation
@@ -47,6 +49,10 @@ class Machine:
     now: Callable[[], datetime] = datetime.now
 
 
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
 def default_threads() -> int:
     """Threads that the machine's `allowance` gives this process."""
     return allowance().threads
@@ -78,16 +84,17 @@ def open_local_model(
             raise
         template = error
     activated = activate(bundle, kind, threads=machine.threads, cache_dir=machine.cache_dir)
-    engine = Engine(
-        activated.decoder,
-        tokenizer,
-        name=component.name,
-        eos_token_ids=spec.eos_token_ids,
-        clock=machine.clock,
-        limits=EngineLimits(caches=CacheLimits(bytes=_cache_bytes())),
-        kv_bytes_per_token=spec.kv_bytes_per_token,
-        context_tokens=context_tokens or min(spec.context_tokens, DEFAULT_CONTEXT_TOKENS),
-    )
+    with closed_on_failure(activated.model):
+        engine = Engine(
+            activated.decoder,
+            tokenizer,
+            name=component.name,
+            eos_token_ids=spec.eos_token_ids,
+            clock=machine.clock,
+            limits=EngineLimits(caches=CacheLimits(bytes=_cache_bytes())),
+            kv_bytes_per_token=spec.kv_bytes_per_token,
+            context_tokens=context_tokens or min(spec.context_tokens, DEFAULT_CONTEXT_TOKENS),
+        )
     bos = spec.bos_token_id if spec.bos_token_id is not None else tokenizer.bos_id
     model = LocalModel(engine, template, bos_token_id=bos)
     return model, activated.activation
@@ -104,8 +111,19 @@ def open_preprocessor(bundle: Bundle, machine: Machine) -> Preprocessor:
     component = bundle.manifest.component("preprocessor")
     if component is None:
         return Preprocessor(None, None, clock=machine.clock)
+    tokenizer = open_tokenizer(bundle, component)
     activated = activate(bundle, "preprocessor", threads=machine.threads, cache_dir=machine.cache_dir)
-    return Preprocessor(activated.encoder, open_tokenizer(bundle, component), clock=machine.clock)
+    return Preprocessor(activated.encoder, tokenizer, clock=machine.clock)
+
+
+@contextmanager
+def closed_on_failure(opened: _Closable) -> Iterator[None]:
+    """What was opened is closed where the step after it fails: the caller never gets to hold it."""
+    try:
+        yield
+    except BaseException:
+        opened.close()
+        raise
 
 
 def open_tokenizer(bundle: Bundle, component: Component) -> TextTokenizer:

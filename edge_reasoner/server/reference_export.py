@@ -17,6 +17,7 @@ from pathlib import Path
 from edge_reasoner._version import __version__
 from edge_reasoner.contract.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION
 from edge_reasoner.errors import InputError
+from edge_reasoner.files import exists, is_file
 
 ENTRY_POINT_GROUP = "edge_reasoner.exporters"
 ENTRY_POINT_NAME = "reference"
@@ -39,9 +40,9 @@ def reference_bundle(
     into; and what the exporter raises.
     """
     path = Path(model)
-    if (path / MANIFEST_NAME).is_file() or (path.is_file() and path.suffix == ".tar"):
+    if is_file(path / MANIFEST_NAME) or (path.suffix == ".tar" and is_file(path)):
         return path
-    if not path.exists():
+    if not exists(path):
         raise InputError(
             f"{model}: no such bundle (a directory or a .tar), .gguf file or Hugging Face directory"
         )
@@ -52,10 +53,15 @@ def reference_bundle(
     export = (find or find_exporter)()
     say(f"reading {model} …")
     out = cache_dir / "reference" / content_key(path)
-    if (out / MANIFEST_NAME).is_file():
+    if is_file(out / MANIFEST_NAME):
         return out
     say(f"exporting {model} in fp32, unpruned, to {out} (once) …")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{out.parent}: cannot be made: {error.strerror}; set EDGE_REASONER_CACHE, or give a bundle"
+        ) from error
     return export(str(path), out)
 
 

@@ -30,7 +30,6 @@ from edge_reasoner.machine.allowance import allowance
 from edge_reasoner.machine.cache_dir import default_cache_dir
 
 _INTERRUPTED = 130
-_MAX_THREADS = 1024
 _MAX_LINE_CHARS = 4000
 
 
@@ -141,7 +140,7 @@ def _export_all(
 ) -> Iterator[Any]:  # fmt: skip
     # Spinning worker threads make a busy machine several times slower; read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    count = threads or allowance(most_threads=_MAX_THREADS).threads
+    count = threads or allowance(most_threads=MAX_THREADS).threads
     options = ExportOptions(threads=count, **chosen)
     import torch
 
@@ -151,7 +150,7 @@ def _export_all(
     for board in boards:
         target = _target(model, board.name, out, len(boards))
         if len(boards) > 1 and not options.dry_run:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(target.parent)
         with _progress() as hook:
             report = export(model, board, target, options, hook, cache=cache)
         if report.reused:
@@ -181,6 +180,13 @@ def _target(model: str, board: str, out: Path | None, count: int) -> Path:
     if out is None:
         return Path(f"{Path(model).stem or 'model'}-{board}.bundle")
     return out if count == 1 else out / board
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {folder} cannot be made: {error.strerror or error}") from error
 
 
 @contextmanager

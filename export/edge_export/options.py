@@ -16,6 +16,7 @@ from edge_export.plan.recipes import DEFAULT_RECIPE, RECIPES
 from edge_export.plan.target import MIN_CONTEXT_TOKENS
 from edge_export.quantize import DEFAULT_QUANTIZER, quantizer_names
 from edge_reasoner.errors import InputError
+from edge_reasoner.files import exists
 
 Task = Literal["auto", "causal-lm", "encoder"]
 TASKS: Final[tuple[Task, ...]] = get_args(Task)
@@ -114,9 +115,9 @@ def _file(value: Any) -> str | None:
     if not isinstance(value, (str, Path)):
         return "allowed: the path of a text file"
     path = Path(value)
-    if path.is_dir():
+    if exists(path) and path.is_dir():
         return "cannot be read: it is a folder; allowed: a text file"
-    return None if path.exists() else "cannot be read: there is no such file; allowed: a text file"
+    return None if exists(path) else "cannot be read: there is no such file; allowed: a text file"
 
 
 def _shown(value: Any) -> str:

@@ -336,3 +336,27 @@ def test_the_reference_export(model, tmp_path):
     component = manifest.component("reasoner")
     assert [v.id for v in component.variants] == ["cpu-float32"]
     assert component.quality["top1_agreement"] == 1.0 and component.spec.vocab_size == VOCAB
+
+
+def test_the_reference_export_uses_what_the_process_may(model, tmp_path):
+    """In a process bound to one CPU, torch works with one thread."""
+    script = (
+        "import os, sys; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+        "from pathlib import Path\n"
+        "from edge_export.reference import export_reference\n"
+        "export_reference(sys.argv[1], Path(sys.argv[2]))\n"
+        "import torch; print(torch.get_num_threads())\n"
+    )
+    command = [sys.executable, "-c", script, str(model), str(tmp_path / "out")]
+    environment = {name: value for name, value in _environment().items() if not name.endswith("_THREADS")}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert ran.stdout.split() == ["1"]
+
+
+@pytest.mark.parametrize("out", ["x" * 300, "file/below"])
+def test_a_place_that_cannot_be(out, model, tmp_path, capsys):
+    """A name too long, a folder below a file: bad input in one line, for one board and for several."""
+    (tmp_path / "file").write_text("")
+    for boards in (BOARD, (*BOARD, "--profile", "jetson-orin")):
+        assert run(model, *boards, "--out", tmp_path / out) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

@@ -29,7 +29,7 @@ REFUSED = {
         "whole numbers from 16 to",
     ),
     "calibration": (("no/such/file.txt", Path("no/such"), Path("a\nb\x1b"), 3, True, Path()), "text file"),
-    "quality_text": (("no/such/file.txt", "a\0b", [], b"x"), "text file"),
+    "quality_text": (("no/such/file.txt", "a\0b", "x" * 5000, [], b"x"), "text file"),
     "preprocessor": (("", " ", 3, True), "a path or a hub id"),
     "preprocessor_recipe": (("int2", None, 1), ", ".join(RECIPES)),
     "max_size_mb": ((0, -1.5, math.nan, math.inf, True, "5"), "numbers above 0"),

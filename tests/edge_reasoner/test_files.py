@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from edge_reasoner.errors import CheckpointError, InputError
 from edge_reasoner.files import (
     decode_text,
+    exists,
     foreign_encoding,
+    is_file,
     parse_json,
     read_bytes,
     read_json_object,
@@ -146,3 +148,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     write_atomically(path, (json.dumps(i).encode() for i in range(3)))
     assert path.read_bytes() == b"012" and path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "missing", "file/below"])
+def test_what_cannot_be_looked_at_is_not_there(tmp_path: Path, name: str) -> None:
+    """A name too long, a NUL, a path through a file: absent, and no error of the system."""
+    (tmp_path / "file").write_text("")
+    assert not exists(tmp_path / name) and not is_file(tmp_path / name)
+    assert exists(tmp_path) and not is_file(tmp_path) and is_file(tmp_path / "file")

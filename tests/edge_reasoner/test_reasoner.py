@@ -357,3 +357,10 @@ def test_base_model_continues_the_raw_prompt() -> None:
     """Without a chat template the prompt is continued as it is."""
     model = scripted_model({}, template=None)
     assert model.prompt_ids([{"role": "user", "content": "the fox"}]) == model.tokenizer.encode("the fox")
+
+
+@pytest.mark.parametrize("prompt", [5, ["a text"], b"bytes", [["role", "user"]], {"role": "user"}])
+def test_a_prompt_is_a_text_or_messages(prompt: object) -> None:
+    """Anything else is refused in the project's own words."""
+    with _reasoner() as reasoner, pytest.raises(InputError, match="a text, or a list of messages"):
+        reasoner.ask(prompt)

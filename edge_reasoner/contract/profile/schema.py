@@ -102,7 +102,7 @@ class Figure(Record, frozen=True, kw_only=True):
 
 
 class Cluster(Record, frozen=True, kw_only=True):
-    """A group of equal cores. `big` clusters are the ones the runtime pins its threads to."""
+    """A group of equal cores. `big`: one whose cores the threads are counted by."""
 
     cores: CoreCount
     microarchitecture: Text

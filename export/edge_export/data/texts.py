@@ -7,7 +7,6 @@ to judge a model. For that, give `--calibration` and `--eval`.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from edge_reasoner.errors import InputError
-from edge_reasoner.files import decode_text, read_bytes
+from edge_reasoner.files import decode_text, is_unicode, parse_json, read_bytes
 
 _SEPARATOR = "\n-----\n"
 _MAX_TEXT_BYTES = 256 * 1024 * 1024
@@ -90,10 +89,10 @@ def _jsonl(text: str, path: Path) -> Iterator[str]:
     for number, line in enumerate(text.split("\n"), 1):  # a row may hold other separators of lines
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not JSON") from error
+        # joined files have a byte order mark in the middle, which it skips
+        row = parse_json(line.strip(), f"{path}, line {number}", allow_nan=True)
+        if not is_unicode(row):
+            raise InputError(f"{path}, line {number}: a lone surrogate (half a character, as \\ud800) in it")
         if isinstance(row, str):
             yield row
             continue

@@ -178,10 +178,13 @@ def bundle_bytes(folder: Path) -> int:
 
 def check_destination(out: Path) -> None:
     """Refuses to overwrite what is not a bundle. Raises InputError."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_NAME).is_file()):
-        raise InputError(f"{out}: exists and is not a bundle; choose another folder or remove it")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"{out}: the folder {out.absolute().parent} does not exist")
+    try:
+        if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_NAME).is_file()):
+            raise InputError(f"{out}: exists and is not a bundle; choose another folder or remove it")
+        if not out.absolute().parent.is_dir():
+            raise InputError(f"{out}: the folder {out.absolute().parent} does not exist")
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager

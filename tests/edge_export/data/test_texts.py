@@ -47,6 +47,15 @@ def test_any_bytes_are_read_or_refused_in_one_line(tmp_path_factory, data, suffi
         assert str(path) in str(error) and "\n" not in str(error)
 
 
+def test_joined_files_and_half_characters(tmp_path):
+    """A byte order mark within a .jsonl is skipped; half a character is refused."""
+    (tmp_path / "joined.jsonl").write_bytes(b'"one"\r\n\xef\xbb\xbf"two"\n')
+    assert read_text_set(tmp_path / "joined.jsonl").documents == ("one", "two")
+    (tmp_path / "half.jsonl").write_text('"one"\n{"text": "\\ud800"}\n')
+    with pytest.raises(InputError, match=r"half\.jsonl, line 2: a lone surrogate"):
+        read_text_set(tmp_path / "half.jsonl")
+
+
 def test_deep_json_is_refused(tmp_path):
     """A row nested beyond the parser's depth is bad input, not a crash."""
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)

@@ -148,6 +148,7 @@ def test_the_choice_is_cached_and_a_corrupt_cache_is_ignored(tmp_path, golden):
         "[]",
         text.replace('"passed":true', '"passed":false'),
         text.replace("int4", "other"),
+        text.replace('"session_options":{}', '"session_options":{"session.optimized_model_filepath":"/x"}'),
     ):
         file.write_text(damaged)
         again = start(root, cache)

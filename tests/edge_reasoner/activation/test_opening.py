@@ -130,3 +130,9 @@ def test_what_is_no_archive_is_named(bundle: Path, tmp_path: Path) -> None:
         open_bundle_at(tmp_path / "b.tar", tmp_path / "cache")
     with pytest.raises(BundleError, match=r"manifest\.json: not a readable \.tar"):
         open_bundle_at(bundle / "manifest.json", tmp_path / "cache")
+
+
+def test_a_name_that_no_disk_can_hold(tmp_path: Path) -> None:
+    """Bad input like any path that does not exist, not an error of the system."""
+    with pytest.raises(BundleError, match="no such bundle"):
+        open_bundle_at("x" * 5000, tmp_path)

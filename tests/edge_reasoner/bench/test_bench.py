@@ -86,3 +86,19 @@ def test_peak_memory(tmp_path: Path) -> None:
     (tmp_path / "status").write_text("Name:\tx\nVmHWM:\t   2048 kB\n")
     assert peak_rss_bytes(tmp_path / "status") == 2048 * 1024
     assert 1e6 < peak_rss_bytes(tmp_path / "none") < 1e12
+
+
+def test_a_prompt_longer_than_an_argument_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fresh process gets a prompt of 34,000 tokens whole: Linux takes 128 KiB in an argument."""
+    monkeypatch.setattr(tiny, "CONTEXT", 1 << 16)
+    bundle = open_bundle(write_answering_bundle(tmp_path / "bundle"))
+    words = "import json, sys; sys.exit(str(len(json.loads(sys.stdin.readline())['prompt_ids'])) + ' came')"
+    with pytest.raises(BackendError, match="34000 came"):
+        bench(
+            bundle,
+            Machine(threads=1, cache_dir=tmp_path / "cache"),
+            BenchOptions(34_000, 2, 1),
+            machine_gbps=lambda: 1.0,
+            advance=lambda what: None,
+            python=("sh", "-c", f'exec python3 -c "{words}"'),
+        )

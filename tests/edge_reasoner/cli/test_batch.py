@@ -140,3 +140,13 @@ def test_cloud_failure_keeps_what_is_done(run, answering_bundle, cloud_url, tmp_
     ran = run(*given, "--cloud", cloud_url, "--json")
     summary = json.loads(ran.out)
     assert summary["by_source"] == {"cloud": 2} and summary["usd"] is None
+
+
+def test_the_questions_are_never_overwritten(run, answering_bundle, tmp_path) -> None:
+    """The same file as IN and OUT, also through a link, is refused before any work; it stays as it was."""
+    source = _write(tmp_path / "in.jsonl", [{"prompt": "one"}])
+    (tmp_path / "link.jsonl").symlink_to(source)
+    for target in (source, tmp_path / "link.jsonl"):
+        ran = run("batch", answering_bundle, source, target, "--max-tokens", 2)
+        assert ran.status == 2 and "IN.jsonl itself" in ran.err
+    assert _read(source) == [{"prompt": "one"}]

@@ -83,3 +83,10 @@ def test_a_new_command_is_one_file_and_one_row(run, monkeypatch, tmp_path) -> No
     monkeypatch.setitem(COMMAND_TABLE, "extra", "extra_command:extra")
     assert "Do more." in run("--help").out and "extra" in run("nope").err
     assert run("extra", "--max-mb", 5).fails_in_one_line(2) == "edge-reasoner: --max-mb 5: too much"
+
+
+@pytest.mark.parametrize("command", [["ask"], ["bench"], ["doctor"], ["bundle", "verify"], ["cloud"]])
+def test_a_name_that_no_disk_can_hold(run, command) -> None:
+    """Status 2, as for any bundle that is not there."""
+    ran = run(*command, "x" * 300, *(["Hi"] if command == ["ask"] else []))
+    assert ran.status == 2 and "no such bundle" in ran.err

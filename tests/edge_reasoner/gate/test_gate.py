@@ -130,6 +130,11 @@ def test_vetoes() -> None:
         {"early_tokens": 0},
         {"private_patterns": {"x": "("}},
         {"max_cloud_prompt_chars": -1},
+        {"threshold": "high"},
+        {"threshold_before": None},
+        {"early_tokens": 2.5},
+        {"private_patterns": {"x": 3}},
+        {"max_cloud_prompt_chars": "many"},
     ],
 )
 def test_illegal_policies_are_refused(options: dict) -> None:

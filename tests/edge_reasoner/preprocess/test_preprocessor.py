@@ -9,6 +9,7 @@ import pytest
 from support.tiny_tokenizers import byte_level, wrap
 from tokenizers.processors import TemplateProcessing
 
+from edge_reasoner.errors import BackendError
 from edge_reasoner.preprocess.preprocessor import MAX_CHUNKS, Preprocessor
 
 
@@ -70,3 +71,18 @@ def test_without_an_encoder() -> None:
     assert looked.embedding is None and looked.features.is_maths
     with pytest.raises(ValueError, match="together"):
         Preprocessor(CountingEncoder(), None, clock=time.perf_counter)
+
+
+def test_an_encoder_that_fails_costs_the_embedding_only() -> None:
+    """The library's failure, or a text that cannot be tokenized: features, and no embedding."""
+    preprocessor, encoder, _, _ = _make()
+    assert preprocessor.run("half \ud800").embedding is None
+
+    def fail(token_ids: list[list[int]]) -> np.ndarray:
+        raise BackendError("out of memory")
+
+    encoder.embed = fail
+    looked = preprocessor.run("the fox?")
+    assert looked.embedding is None and looked.features.is_question
+    with pytest.raises(BackendError):
+        preprocessor.embed("the fox?")

@@ -135,7 +135,10 @@ def test_inference_client_against_the_service(url: str) -> None:
             client.infer(prompt="What is the capital?", parameters={"attention_window": 8})
 
 
-@pytest.mark.parametrize("options", [{}, {"model_name": "no-such-bundle"}, {"endpoint": "/no/such/bundle"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"model_name": "no-such-bundle"}, {"endpoint": "/no/such/bundle"}, {"endpoint": "x" * 5000}],
+)
 def test_inference_client_needs_a_place(options: dict) -> None:
     """Neither a URL nor an existing directory: one clear line."""
     with pytest.raises(InputError, match="InferenceClient"):

@@ -40,3 +40,14 @@ def test_bundle_or_exporter(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such"):
         reference_bundle(str(tmp_path / "no"), tmp_path / "c", say=said.append)
     assert not said and not (tmp_path / "c").exists()
+
+
+def test_a_cache_that_cannot_be_made(tmp_path: Path) -> None:
+    """A cache below a file, a model's name that no disk can hold: one line that says what to set or give."""
+    (tmp_path / "m.gguf").write_text("x")
+    with pytest.raises(InputError, match="EDGE_REASONER_CACHE"):
+        reference_bundle(
+            str(tmp_path / "m.gguf"), tmp_path / "m.gguf" / "c", say=str, find=lambda: lambda model, out: out
+        )
+    with pytest.raises(InputError, match="no such"):
+        reference_bundle("x" * 5000, tmp_path, say=str)

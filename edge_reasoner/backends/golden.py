@@ -55,19 +55,24 @@ class Trial:
 def check_golden(golden: GoldenSet, spec: DecoderSpec | EncoderSpec, where: str) -> None:
     """Raises BundleError unless the vectors can judge a component of that spec."""
     vectors: tuple[DecoderGolden | EncoderGolden, ...]
-    vectors = golden.decoder if isinstance(spec, DecoderSpec) else golden.encoder
+    vectors, others = golden.decoder, golden.encoder
+    kind, other = "decoder", "encoder"
+    if isinstance(spec, EncoderSpec):
+        vectors, others, kind, other = others, vectors, other, kind
+    if others:
+        raise BundleError(f"{where}: {other}: vectors of another kind than the component's, {kind}")
     if not 1 <= len(vectors) <= _MAX_VECTORS:
-        raise BundleError(f"{where}: {len(vectors)} golden vectors; 1 to {_MAX_VECTORS} are needed")
+        raise BundleError(f"{where}: {kind}: {len(vectors)} golden vectors; 1 to {_MAX_VECTORS} are needed")
     if not 0 < golden.tolerance <= 1:
         raise BundleError(f"{where}: tolerance is {golden.tolerance}; it must be above 0 and at most 1")
     limit = min(spec.context_tokens, _MAX_VECTOR_TOKENS)
     for vector in vectors:
         if not 1 <= len(vector.token_ids) <= limit:
             raise BundleError(
-                f"{where}: a vector of {len(vector.token_ids)} tokens; 1 to {limit} are allowed"
+                f"{where}: token_ids: a vector of {len(vector.token_ids)} tokens; 1 to {limit} are allowed"
             )
         if max(vector.token_ids) >= spec.vocab_size:
-            raise BundleError(f"{where}: token id {max(vector.token_ids)} is outside the vocabulary")
+            raise BundleError(f"{where}: token_ids: {max(vector.token_ids)} is outside the vocabulary")
         if isinstance(vector, DecoderGolden):
             _check_decoder_vector(vector, spec.vocab_size, where)
         elif isinstance(spec, EncoderSpec) and len(vector.embedding) != spec.dimension:
@@ -78,14 +83,15 @@ def check_golden(golden: GoldenSet, spec: DecoderSpec | EncoderSpec, where: str)
 
 def _check_decoder_vector(vector: DecoderGolden, vocab_size: int, where: str) -> None:
     if not vector.checks:
-        raise BundleError(f"{where}: a vector without checks")
+        raise BundleError(f"{where}: checks: a vector has none")
     for check in vector.checks:
         if check.position >= len(vector.token_ids):
             raise BundleError(
                 f"{where}: a check at position {check.position} of {len(vector.token_ids)} tokens"
             )
-        if max(*check.token_ids, check.argmax) >= vocab_size:
-            raise BundleError(f"{where}: a check names a token outside the vocabulary of {vocab_size}")
+        for name, token in (("token_ids", max(check.token_ids)), ("argmax", check.argmax)):
+            if token >= vocab_size:
+                raise BundleError(f"{where}: a check's {name}: {token} is outside the vocabulary")
         if not all(map(math.isfinite, check.logits)):
             raise BundleError(f"{where}: a check's logits are not finite")
     if _kept_rows(vector) * vocab_size > _MAX_KEPT_LOGITS:

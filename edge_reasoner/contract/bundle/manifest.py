@@ -28,10 +28,19 @@ MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 MAX_GOLDEN_BYTES = 16 * 1024 * 1024
 MAX_FILES = 4096
 
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+# \Z: `$` would let one line feed pass at the end
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 PositiveCount = Annotated[int, Meta(ge=1, le=2**53)]
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
+#: one plain word: what a file, a command or a table may be named by
+Word = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")]
+BoardName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,63}\Z")]
+Version = Annotated[str, Meta(pattern=r"^[0-9]{1,6}(\.[0-9]{1,6}){0,3}\Z")]
+FilePath = Annotated[str, Meta(min_length=1, max_length=400)]
+Setting = Annotated[str, Meta(max_length=200)]
+Magnitude = Annotated[float, Meta(ge=0, le=1e15)]
+TokenIds = Annotated[tuple[Count, ...], Meta(max_length=1024)]
 
 ComponentKind = Literal["reasoner", "preprocessor", "draft", "gate"]
 Json = Any
@@ -44,7 +53,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class FileEntry(_Record, frozen=True, kw_only=True):
     """One file of the bundle; `path` is relative to the bundle, with forward slashes."""
 
-    path: Annotated[str, Meta(min_length=1, max_length=400)]
+    path: FilePath
     size_bytes: Count
     sha256: Sha256
 
@@ -56,14 +65,14 @@ class Variant(_Record, frozen=True, kw_only=True):
     device. `reference` marks the slow full-precision-arithmetic configuration of last resort.
     """
 
-    id: Name
+    id: Word
     #: a name from the table in `edge_reasoner.backends`
-    backend: Name
-    execution_provider: Name
-    graph: Annotated[str, Meta(min_length=1, max_length=400)]
-    session_options: dict[str, str] = {}
-    isa_floor: tuple[str, ...] = ()
-    minimum_runtime: Name
+    backend: Word
+    execution_provider: Word
+    graph: FilePath
+    session_options: Annotated[dict[Word, Setting], Meta(max_length=64)] = {}
+    isa_floor: Annotated[tuple[Word, ...], Meta(max_length=64)] = ()
+    minimum_runtime: Version
     ram_floor_bytes: Count
     reference: bool = False
 
@@ -89,7 +98,7 @@ class DecoderSpec(_Record, frozen=True, kw_only=True, tag="decoder", tag_field="
     context_tokens: PositiveCount
     parameters: PositiveCount
     #: tokens that end an answer
-    eos_token_ids: tuple[Count, ...]
+    eos_token_ids: TokenIds
     #: prepended to every raw prompt, or None where the family has none
     bos_token_id: Count | None
 
@@ -131,11 +140,11 @@ class Predicted(_Record, frozen=True, kw_only=True):
     An encoder decodes nothing: its `decode_tps` is None, and `ttft_ms` is the time of one text.
     """
 
-    prefill_tps: float
-    decode_tps: float | None = None
-    ttft_ms: float
-    peak_rss_mb: float
-    joules_per_token: float | None = None
+    prefill_tps: Magnitude
+    decode_tps: Magnitude | None = None
+    ttft_ms: Magnitude
+    peak_rss_mb: Magnitude
+    joules_per_token: Magnitude | None = None
 
 
 class Component(_Record, frozen=True, kw_only=True):
@@ -148,18 +157,18 @@ class Component(_Record, frozen=True, kw_only=True):
     licence: Name
     source: Source
     #: name -> version of what took part in making it
-    tools: dict[str, str]
+    tools: Annotated[dict[Name, Setting], Meta(max_length=64)]
     #: the exporter's plan, as printed by --dry-run: every per-layer decision
-    plan: dict[str, Json]
+    plan: dict[Name, Json]
     spec: DecoderSpec | EncoderSpec
-    variants: tuple[Variant, ...]
+    variants: Annotated[tuple[Variant, ...], Meta(min_length=1, max_length=64)]
     #: path of the golden vectors, `golden/<kind>.json`
-    golden: str
+    golden: FilePath
     #: folder with `tokenizer.json` and, for a decoder, perhaps `chat_template.jinja`
-    tokenizer: str
+    tokenizer: FilePath
     files: tuple[FileEntry, ...]
     #: measured at export, e.g. top1_agreement, perplexity_ratio, mean_cosine, with *_stderr beside them
-    quality: dict[str, float] = {}
+    quality: Annotated[dict[Name, float], Meta(max_length=64)] = {}
     predicted: Predicted | None = None
 
 
@@ -167,11 +176,11 @@ class Manifest(_Record, frozen=True, kw_only=True):
     """The whole manifest: what board the bundle is for, its components, and what belongs to none of them."""
 
     schema_version: Literal[2]
-    bundle_id: str
+    bundle_id: Sha256
     version: PositiveCount
-    profile: Name
+    profile: BoardName
     profile_sha256: Sha256
-    components: tuple[Component, ...]
+    components: Annotated[tuple[Component, ...], Meta(min_length=1, max_length=16)]
     #: files of the bundle as a whole: `report.html`
     files: tuple[FileEntry, ...] = ()
 
@@ -219,12 +228,14 @@ def _check_files(files: tuple[FileEntry, ...], seen: set[str], where: str) -> No
 
 def _check_component(component: Component, where: str) -> None:
     paths = {entry.path for entry in component.files}
-    if not component.variants:
-        raise BundleError(f"{where}: variants: at least one is needed")
-    for named in [component.golden, *(v.graph for v in component.variants)]:
-        if named not in paths:
-            raise BundleError(f"{where}: {named!r} is not among its files")
-    check_relative_path(component.tokenizer, where)
+    named = [("golden", component.golden), *(("graph", variant.graph) for variant in component.variants)]
+    for field, path in named:
+        if path not in paths:
+            raise BundleError(f"{where}: {field} {path!r} is not among its files")
+    check_relative_path(component.tokenizer, f"{where}: tokenizer")
+    ids = [variant.id for variant in component.variants]
+    if len(set(ids)) != len(ids):
+        raise BundleError(f"{where}: variants: an id appears twice: {', '.join(ids)}")
     spec = component.spec
     if isinstance(spec, DecoderSpec) and len(spec.kv_heads) != len(spec.head_dim):
         raise BundleError(f"{where}: spec: kv_heads and head_dim differ in length")
@@ -320,7 +331,7 @@ def parse_golden(data: bytes, where: str) -> GoldenSet:
         raise BundleError(f"{where}: {error}") from error
     for vector in golden.decoder:
         if vector.prefill_tokens > len(vector.token_ids):
-            raise BundleError(f"{where}: prefill_tokens exceeds the vector's length")
+            raise BundleError(f"{where}: prefill_tokens exceeds the length of token_ids")
         for check in vector.checks:
             if len(check.token_ids) != len(check.logits) or not check.logits:
                 raise BundleError(f"{where}: a check's token_ids and logits differ in length")

@@ -42,8 +42,9 @@ _MAX_SIGNATURE_BYTES = 64 * 1024
 #: operators that make the runtime read files or run code which no hash in the manifest covers
 _FORBIDDEN_OPS = frozenset({"EPContext", "PythonOp", "PythonOpGrad", "ATen"})
 #: (field, largest allowed): far above any model that exists, far below what breaks an allocation or an index
-_DECODER_LIMITS = {"vocab_size": 1 << 22, "context_tokens": 1 << 24, "parameters": 1 << 43}
-_ENCODER_LIMITS = {**_DECODER_LIMITS, "dimension": 1 << 16}
+_SPEC_LIMITS = {"vocab_size": 1 << 22, "context_tokens": 1 << 24, "parameters": 1 << 43}
+_DECODER_LIMITS = {**_SPEC_LIMITS, "hidden_size": 1 << 20}
+_ENCODER_LIMITS = {**_SPEC_LIMITS, "dimension": 1 << 16}
 _MAX_LAYERS = 1024
 _MAX_HEADS = 4096
 _MAX_HEAD_DIM = 4096
@@ -225,15 +226,20 @@ def _check_spec(component: Component) -> None:
     ):
         if max(values) > limit:
             raise BundleError(f"{where}: {name} has {max(values)}; at most {limit} is allowed")
-    named = [*spec.eos_token_ids, *([] if spec.bos_token_id is None else [spec.bos_token_id])]
-    if any(token >= spec.vocab_size for token in named):
-        raise BundleError(f"{where}: token id {max(named)} is outside the vocabulary of {spec.vocab_size}")
+    bos = () if spec.bos_token_id is None else (spec.bos_token_id,)
+    for name, token_ids in (("eos_token_ids", spec.eos_token_ids), ("bos_token_id", bos)):
+        if (highest := max(token_ids, default=0)) >= spec.vocab_size:
+            raise BundleError(
+                f"{where}: {name}: {highest} is outside the vocabulary of {spec.vocab_size} tokens"
+            )
 
 
 def _check_tokenizer(component: Component) -> None:
     name = f"{component.tokenizer}/tokenizer.json"
     if not any(entry.path == name for entry in component.files):
-        raise BundleError(f"{MANIFEST_NAME}: component {component.kind!r}: {name!r} is not among its files")
+        raise BundleError(
+            f"{MANIFEST_NAME}: component {component.kind!r}: tokenizer: {name!r} is not among its files"
+        )
 
 
 def _check_graph(root: Path, graph: str, listed: set[str]) -> None:

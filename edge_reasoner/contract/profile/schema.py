@@ -69,13 +69,13 @@ X86_FEATURES = frozenset(
     )
 )
 
-Name = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9-]{0,63}$")]
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,63}\Z")]
 #: An inference library that a board has. Any name: a profile may list libraries that this SDK has no backend
 #: for; which it has, the table of `edge_reasoner.backends` says under the same names.
 BackendName = Name
 Text = Annotated[str, Meta(min_length=1, max_length=400)]
 Texts = Annotated[tuple[Text, ...], Meta(max_length=128)]
-Version = Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+){0,3}$", max_length=40)]
+Version = Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+){0,3}\Z", max_length=40)]
 CoreCount = Annotated[int, Meta(ge=1, le=1024)]
 Opset = Annotated[int, Meta(ge=7, le=99)]
 BlockSize = Literal[16, 32, 64, 128, 256]

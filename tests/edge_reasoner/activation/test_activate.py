@@ -234,7 +234,7 @@ def test_golden_vectors_that_cannot_judge(tmp_path, golden, change, message):
     "change, message",
     [
         ({"token_ids": (tiny.VOCAB,), "prefill_tokens": 1}, "outside the vocabulary"),
-        ({"checks": ()}, "without checks"),
+        ({"checks": ()}, "checks: a vector has none"),
         ({"token_ids": (1,) * 5000, "prefill_tokens": 1}, "5000 tokens; 1 to 1280"),
     ],
 )

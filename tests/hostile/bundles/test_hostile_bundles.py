@@ -160,7 +160,7 @@ FORGED = {
     "unknown kind": (lambda m: component(m).update(kind="rootkit"), "kind"),
     "duplicate kind": (lambda m: m["components"].append(m["components"][0]), "twice"),
     "nameless backend": (lambda m: component(m)["variants"][0].update(backend=""), "backend"),
-    "no variants": (lambda m: component(m).update(variants=[]), "at least one"),
+    "no variants": (lambda m: component(m).update(variants=[]), "variants"),
     "context 2^53": (lambda m: component(m)["spec"].update(context_tokens=2**53), "at most 16777216"),
     "context 2^64": (lambda m: component(m)["spec"].update(context_tokens=2**64), "context_tokens"),
     "vocabulary": (lambda m: component(m)["spec"].update(vocab_size=2**53), "vocab_size"),

@@ -199,7 +199,7 @@ def _dequantized(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[np.float
             continue
         _, layer, part, _ = tensor.name.split(".")
         if part in ("attn_q", "attn_k"):
-            rows = _half_split_rope(rows, heads if part == "attn_q" else kv_heads)
+            rows = half_split_rope(rows, heads if part == "attn_q" else kv_heads)
         tensors[f"model.layers.{layer}.{names[part]}.weight"] = rows
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32",
@@ -214,7 +214,7 @@ def _dequantized(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[np.float
     return config, tensors
 
 
-def _half_split_rope(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+def half_split_rope(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     """A head's rows in two halves, as transformers has them, from llama.cpp's order (pairs side by side)."""
     width = rows.shape[0] // heads
     halves: NDArray[np.float32] = rows.reshape(heads, width // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)

@@ -178,7 +178,7 @@ def test_rope_rows_are_put_in_halves(load: Any) -> None:
     rows = np.arange(2 * 8 * 3, dtype=np.float32).reshape(16, 3)
     # as convert_hf_to_gguf does it
     permuted = rows.reshape(2, 2, 4, 3).swapaxes(1, 2).reshape(16, 3)
-    assert np.array_equal(load("bench_models")._half_split_rope(permuted, 2), rows)
+    assert np.array_equal(load("bench_models").half_split_rope(permuted, 2), rows)
 
 
 def test_paired_difference_of_questions(load: Any) -> None:

@@ -16,8 +16,11 @@ from support.tiny_bundle import TOKENS, decoder_golden, variant, with_tolerance,
 from edge_reasoner.activation.activate import activate, cached_activation
 from edge_reasoner.backends import golden as golden_module
 from edge_reasoner.backends import load_backend
+from edge_reasoner.backends.base import Step
+from edge_reasoner.backends.fake import FakeDecoder
 from edge_reasoner.backends.onnxruntime.decoder import OrtDecoder
 from edge_reasoner.backends.onnxruntime.session import runtime_version
+from edge_reasoner.contract.bundle.manifest import DecoderGolden, GoldenCheck, GoldenSet
 from edge_reasoner.contract.bundle.open import open_bundle
 from edge_reasoner.errors import BackendError, BundleError, TargetError, VerificationError
 from edge_reasoner.machine.isa import ImportProbe, isa_features
@@ -247,20 +250,36 @@ def test_hostile_golden_vector(golden, change, message):
         )
 
 
-def test_wrong_argmax_alone_is_caught(golden):
+class SameLogits(FakeDecoder):
+    """A decoder that gives the same logits, float32 [vocab], at every position."""
+
+    def __init__(self, row):
+        super().__init__(len(row), 16)
+        self.row = row
+
+    def extend(self, cache, token_ids, num_logits=1, *, hidden=False):
+        super().extend(cache, token_ids, num_logits)
+        return Step(np.tile(self.row, (num_logits, 1)))
+
+
+def test_wrong_argmax_alone_is_caught():
     """Two leading logits swapped: a small RMS error, but another token leads by more than the tolerance."""
-    check = golden.decoder[0].checks[-1]
     expected = np.linspace(-2.4, 2.4, tiny.VOCAB, dtype=np.float32)
     expected[7], expected[8] = 3.5, 2.5
     ids = tuple(range(tiny.VOCAB))
-    good = msgspec.structs.replace(check, argmax=7, token_ids=ids, logits=tuple(expected.tolist()))
-    assert golden_module._compare(good, expected, 0.1)[1] == ""
+    check = GoldenCheck(position=1, argmax=7, token_ids=ids, logits=tuple(expected.tolist()))
+    vector = DecoderGolden(token_ids=(1, 2), prefill_tokens=2, checks=(check,))
+    golden = GoldenSet(schema_version=1, tolerance=0.1, decoder=(vector,))
+
+    def trial(row):
+        return golden_module.try_decoder(SameLogits(row), golden, itertools.count(0.0).__next__)
+
+    assert trial(expected).problem == ""
     wrong = expected.copy()
     wrong[8] = 3.55
-    error, problem = golden_module._compare(good, wrong, 0.1)
-    assert error < 0.1 and "token 8 leads, not 7" in problem
+    assert trial(wrong).error < 0.1 and "token 8 leads, not 7" in trial(wrong).problem
     wrong[3] = np.nan
-    assert "not finite" in golden_module._compare(good, wrong, 0.1)[1]
+    assert "not finite" in trial(wrong).problem
 
 
 @pytest.mark.parametrize("where", [None, "/dev/null/cache", "/dev/full"])

@@ -24,8 +24,17 @@ NAME = "bündel-☃-🙂".encode()
 ODD_NAME = NAME + b"-\xff"
 
 
-def spoken(locale: str, *arguments: bytes | str | Path, module: str = "edge_reasoner.cli.main"):
-    """Runs a command in that locale: exit status, standard output (must be ASCII), standard error."""
+#: what the terminal of each can show
+CHARACTERS = {"C": "ascii", "Latin-1 output": "latin-1", "UTF-8": "utf-8"}
+
+
+def spoken(
+    locale: str,
+    *arguments: bytes | str | Path,
+    module: str = "edge_reasoner.cli.main",
+    characters: str = "ascii",
+):
+    """Runs a command in that locale: exit status, standard output (of those characters), standard error."""
     dropped = ("LC_ALL", "LANG", "LC_CTYPE", "PYTHONUTF8", "PYTHONIOENCODING")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     path = os.pathsep.join(map(str, (ROOT, ROOT / "export")))
@@ -36,7 +45,7 @@ def spoken(locale: str, *arguments: bytes | str | Path, module: str = "edge_reas
         timeout=240,
         check=False,
     )
-    return done.returncode, done.stdout.decode("ascii"), done.stderr.decode("latin-1")
+    return done.returncode, done.stdout.decode(characters), done.stderr.decode("latin-1")
 
 
 def name_bytes(text: str) -> bytes:
@@ -57,7 +66,12 @@ def test_doctor(locale: str, odd_bundle: bytes) -> None:
     """The bundle's path comes back; the table for people is printed in whatever characters there are."""
     status, out, err = spoken(locale, "doctor", odd_bundle, "--json")
     assert status == 0, err
-    assert name_bytes(json.loads(out)["bundle"]["path"]) == odd_bundle
+    found = json.loads(out)
+    assert name_bytes(found["bundle"]["path"]) == odd_bundle
+    status, table, err = spoken(locale, "doctor", odd_bundle, characters=CHARACTERS[locale])
+    assert status == 0, err
+    assert found["versions"]["onnxruntime"] in table
+    assert all(part["variant"] in table for part in found["bundle"]["components"])
 
 
 @pytest.mark.parametrize("locale", LOCALES)

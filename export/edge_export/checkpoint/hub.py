@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from edge_reasoner.errors import CheckpointError, one_line
+from edge_reasoner.files import exists
 from edge_reasoner.machine.quiet import silence_telemetry
 
 silence_telemetry(os.environ)  # the library reads it while it is imported: no later place is early enough
@@ -41,8 +42,11 @@ def resolve_model(model: str) -> Path:
 
     Downloads (or finds in the Hub's cache) what is not local. Raises CheckpointError in one line.
     """
-    path = Path(model).expanduser()
-    if path.exists():
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError:  # "~" of a user that is not there
+        path = Path(model)
+    if exists(path):
         return path
     match = _HUB_ID.fullmatch(model)
     if match is None:

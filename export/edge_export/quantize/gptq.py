@@ -13,6 +13,7 @@ import torch
 from edge_export.quantize.base import BlockQuantized, InputStatistics, pack_blocks, to_blocks
 from edge_export.quantize.formats import BlockFormat
 from edge_export.quantize.rtn import SearchedScale
+from edge_reasoner.errors import CheckpointError
 
 _ROW_SLICE = 16_384
 
@@ -28,7 +29,8 @@ class Gptq:
     def quantize(
         self, weight: torch.Tensor, fmt: BlockFormat, inputs: InputStatistics | None = None
     ) -> BlockQuantized:
-        """Quantizes [rows, columns] for inputs with the given second moments."""
+        """Quantizes [rows, columns] for inputs with the given second moments. Raises CheckpointError where
+        these are not finite."""
         if inputs is None or inputs.correlation is None:
             return self.search.quantize(weight, fmt, inputs)
         factors = [self._inverse_factor(part) for part in inputs.correlation]
@@ -48,9 +50,16 @@ class Gptq:
         diagonal = wide.diagonal()
         mean = float(diagonal.mean())
         damped = wide + torch.eye(len(wide), dtype=torch.float64) * max(self.damping * mean, 1e-12)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
-        return factor.to(torch.float32)
+        lower, flaw = torch.linalg.cholesky_ex(damped)
+        factor, other_flaw = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if flaw or other_flaw or not torch.isfinite(factor).all():
+            # what is damped has a factor, unless it is not finite or next to it
+            raise CheckpointError(
+                "GPTQ: the model's hidden states on the calibration text are beyond what float32 can hold: "
+                "its weights are damaged"
+            )
+        narrow: torch.Tensor = factor.to(torch.float32)
+        return narrow
 
     def _slice(
         self, weight: torch.Tensor, fmt: BlockFormat, factors: list[torch.Tensor], importance: torch.Tensor

@@ -121,3 +121,10 @@ def test_hub_answers(hub, tmp_path):
     assert gated == ["error", "gated/model: the Hub wants its licence accepted first; then set HF_TOKEN"]
     assert garbage[0] == "error" and garbage[1].startswith("garbage/model: ") and "\n" not in garbage[1]
     assert missing == ["error", "good/model: the Hub's repository has no file 'x.gguf'"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-that-name/m.gguf", "a\0b"])
+def test_names_that_cannot_be_paths(name):
+    """Too long, of a user that is not there, with a NUL: a line of our own."""
+    with pytest.raises(CheckpointError, match="no such file or directory"):
+        resolve_model(name)

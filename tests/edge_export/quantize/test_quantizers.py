@@ -10,6 +10,7 @@ from edge_export.quantize import QUANTIZERS, make_quantizer
 from edge_export.quantize.base import InputStatistics
 from edge_export.quantize.formats import BlockFormat
 from edge_export.quantize.statistics import MAX_CORRELATED_COLUMNS, second_moments
+from edge_reasoner.errors import CheckpointError
 
 INT4 = BlockFormat(4, 32, False)
 FORMATS = [BlockFormat(bits, 32, symmetric) for bits in (4, 8) for symmetric in (True, False)]
@@ -145,3 +146,10 @@ def test_gptq_on_more_columns_than_are_correlated():
         for name in ("gptq", "searched")
     }
     assert errors["gptq"] < errors["searched"]
+
+
+def test_inputs_beyond_float32_are_a_damaged_model():
+    """Hidden states that overflow: one line of our own, not the library's error."""
+    inputs = second_moments([correlated_inputs() * 1e20])
+    with pytest.raises(CheckpointError, match="weights are damaged"):
+        make_quantizer("gptq").quantize(weights(), INT4, inputs)

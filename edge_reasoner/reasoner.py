@@ -25,22 +25,15 @@ from edge_reasoner.chat.model import (
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.cloud import DEFAULT_PROTOCOL, connect
 from edge_reasoner.cloud.base import CloudLimits, CloudOptions, CloudPrice
-from edge_reasoner.contract.bundle.manifest import Manifest
 from edge_reasoner.contract.bundle.open import Bundle
 from edge_reasoner.contract.template.render import Message
-from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.errors import InputError
+from edge_reasoner.files import exists
 from edge_reasoner.gate.policy import Policy, check_mode
 from edge_reasoner.machine.cache_dir import default_cache_dir
-from edge_reasoner.preprocess.preprocessor import Preprocessor
 from edge_reasoner.query.answer import Answer, Piece
-from edge_reasoner.query.assemble import (
-    Machine,
-    closed_on_failure,
-    default_threads,
-    open_local_model,
-    open_preprocessor,
-)
+from edge_reasoner.query.assemble import Machine, default_threads, open_device
+from edge_reasoner.query.device import Device, DeviceParts
 from edge_reasoner.query.inspect import Query
 from edge_reasoner.query.routing import Pieces, Router
 
@@ -56,8 +49,7 @@ class Reasoner:
 
     def __init__(
         self,
-        local: LocalModel,
-        preprocessor: Preprocessor,
+        device: Device,
         cloud: ChatModel | None = None,
         *,
         mode: str = "auto",
@@ -65,22 +57,13 @@ class Reasoner:
         price: CloudPrice | None = None,
         power_w: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        activation: Activation | None = None,
     ) -> None:
         """From parts, which it closes; most callers want `Reasoner.open`. `cloud` may be another Reasoner."""
         self._mode = check_mode(mode)
-        self._local = local
-        self._preprocessor = preprocessor
+        self._device = device
         self._cloud = cloud
-        self.activation = activation
         self._router = Router(
-            local,
-            preprocessor,
-            cloud,
-            policy=policy or Policy(),
-            price=price,
-            power_w=power_w,
-            clock=clock,
+            device, cloud, policy=policy or Policy(), price=price, power_w=power_w, clock=clock
         )
 
     @classmethod
@@ -109,7 +92,10 @@ class Reasoner:
         The first opening on a machine runs the bundle's self-test (seconds to a minute); the choice is kept
         in `cache_dir`. Nothing is sent to the cloud yet. `environment` (default: the process's) holds the API
         key under `api_key_env`. Raises BundleError, TargetError, VerificationError, TemplateError,
-        InputError.
+        BackendError, InputError.
+
+        With mode "cloud" the bundle only has to exist: it is opened by the first query that names another
+        mode, or never, so that whatever is wrong with it stops no query of the cloud.
         """
         environment = os.environ if environment is None else environment
         checked_mode = check_mode(mode)
@@ -124,37 +110,38 @@ class Reasoner:
             threads=threads or default_threads(),
             cache_dir=Path(cache_dir) if cache_dir is not None else default_cache_dir(environment),
         )
-        opened = bundle if isinstance(bundle, Bundle) else open_bundle_at(bundle, machine.cache_dir)
-        local, activation = open_local_model(
-            opened, machine, context_tokens=context_tokens, has_cloud=client is not None
-        )
-        with closed_on_failure(local):
-            preprocessor = open_preprocessor(opened, machine)
-        return cls(
-            local,
-            preprocessor,
-            client,
-            mode=checked_mode,
-            policy=policy,
-            price=price,
-            power_w=power_w if power_w is not None else _predicted_power_w(opened.manifest),
-            activation=activation,
-        )
+
+        def open_parts() -> DeviceParts:
+            opened = bundle if isinstance(bundle, Bundle) else open_bundle_at(bundle, machine.cache_dir)
+            return open_device(opened, machine, context_tokens=context_tokens, has_cloud=client is not None)
+
+        device = Device(open_parts)
+        if checked_mode != "cloud" or not (isinstance(bundle, Bundle) or exists(Path(bundle))):
+            _ = device.parts
+        return cls(device, client, mode=checked_mode, policy=policy, price=price, power_w=power_w)
 
     @property
-    def context_tokens(self) -> int:
-        """Longest prompt and answer together that the local model takes, in tokens."""
-        return self._local.context_tokens
+    def activation(self) -> Activation | None:
+        """How the local model was chosen; None while it is not open (mode "cloud")."""
+        opened = self._device.opened
+        return None if opened is None else opened.activation
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Longest prompt and answer together that the local model takes, in tokens; in mode "cloud" what the
+        cloud says."""
+        return self._first().context_tokens
 
     @property
     def name(self) -> str:
-        """See `ChatModel`: the local model's name."""
-        return self._local.name
+        """See `ChatModel`: the local model's name; in mode "cloud" the cloud's."""
+        return self._first().name
 
-    @property
-    def model(self) -> str:
-        """Name of the local model."""
-        return self._local.name
+    def _first(self) -> ChatModel:
+        """The model that is asked first."""
+        if self._mode == "cloud" and self._cloud is not None:
+            return self._cloud
+        return self._device.parts.model
 
     def ask(
         self,
@@ -199,7 +186,7 @@ class Reasoner:
         if request.text is not None:
             if self._mode == "cloud":
                 raise InputError("mode cloud: a raw text can only be continued on the device")
-            return self._local.submit(request)
+            return self._device.parts.model.submit(request)
         return self._routed(Query(request, self._mode, streaming=True))
 
     def map(
@@ -226,12 +213,13 @@ class Reasoner:
     def prefill_ahead(self, messages: Sequence[Message]) -> None:
         """Tells that a chat goes on: what its next turn begins with is computed on the device, while nothing
         else is asked. Never waits. Sessions do it by themselves after an answer of the device."""
-        self._local.prefill_ahead(tuple(messages))
+        opened = self._device.opened
+        if opened is not None:
+            opened.model.prefill_ahead(tuple(messages))
 
     def close(self) -> None:
         """Releases model, encoder and connections."""
-        self._local.close()
-        self._preprocessor.close()
+        self._device.close()
         if self._cloud is not None:
             self._cloud.close()
 
@@ -341,11 +329,3 @@ def _order(prompt: Prompt) -> tuple[int, str]:
 def _check_count(name: str, value: int | None) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise InputError(f"{name}: {value!r} is not allowed; give an integer of at least 1")
-
-
-def _predicted_power_w(manifest: Manifest) -> float | None:
-    component = manifest.component("reasoner")
-    predicted = None if component is None else component.predicted
-    if predicted is None or predicted.joules_per_token is None or predicted.decode_tps is None:
-        return None
-    return predicted.joules_per_token * predicted.decode_tps

@@ -51,12 +51,13 @@ def batch(bundle: str, source: Path, target: Path, mode: str, as_json: bool, **o
         raise InputError(f"{target}: no such folder {str(target.parent)!r}")
     start_s = time.monotonic()
     with open_reasoner(bundle, mode=mode, options=options) as reasoner, progress_bar() as progress:
-        assert reasoner.activation is not None, "an opened bundle was activated"
+        # in mode cloud the bundle has no part in the answers
+        bundle_id = "" if reasoner.activation is None else reasoner.activation.bundle_id
         other = {
             "mode": mode,
             **{key: options.get(key) for key in ("cloud_url", "cloud_model", "context_tokens")},
         }
-        name = run_name(reasoner.activation.bundle_id, rows, params, other)
+        name = run_name(bundle_id, rows, params, other)
         task = progress.add_task("answering", total=len(rows))
         report = run_batch(
             reasoner,

@@ -43,7 +43,9 @@ def chat(bundle: str, mode: str, system: str | None, **options: Any) -> None:
         if interactive:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 - gives input() its line editing
-            note(f"{reasoner.model}, {reasoner.context_tokens} tokens of context; /quit or Ctrl-D ends")
+            context = reasoner.context_tokens
+            room = "" if context is None else f", {context} tokens of context"
+            note(f"{reasoner.name or 'the cloud'}{room}; /quit or Ctrl-D ends")
         while (line := _read_line(interactive)) is not None:
             if line.strip() == "/quit":
                 return

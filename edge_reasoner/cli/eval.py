@@ -18,7 +18,7 @@ from edge_reasoner.cli.options import (
     threads_option,
 )
 from edge_reasoner.cli.output import console, json_option, plain, print_json, progress_bar, waiting
-from edge_reasoner.errors import InputError
+from edge_reasoner.errors import BundleError, InputError
 
 if TYPE_CHECKING:
     from edge_reasoner.bench.eval import Result
@@ -78,13 +78,13 @@ def eval_command(
     machine = open_machine(options["threads"])
     start_s = time.monotonic()
     with waiting(f"checking {bundle} …"):
-        opened = open_bundle_given(bundle, machine)
-    results = _results(opened, machine, questions, mode, params, options)
+        opened = _opened(bundle, machine, mode)
+    results = _results(opened or bundle, machine, questions, mode, params, options)
     document = {
         **summarize(results),
         "mode": mode,
-        "model": opened.manifest.model,
-        "bundle_id": opened.manifest.bundle_id,
+        "model": None if opened is None else opened.manifest.model,
+        "bundle_id": None if opened is None else opened.manifest.bundle_id,
         "data": str(data),
         "seconds": time.monotonic() - start_s,
     }
@@ -94,8 +94,18 @@ def eval_command(
         _show(document)
 
 
+def _opened(bundle: str, machine: Machine, mode: str) -> Bundle | None:
+    """The bundle; None where it cannot be opened and mode "cloud" asks nothing of it. Raises BundleError."""
+    try:
+        return open_bundle_given(bundle, machine)
+    except BundleError:
+        if mode != "cloud":
+            raise
+        return None
+
+
 def _results(
-    opened: Bundle,
+    opened: Bundle | str,
     machine: Machine,
     questions: list[Question],
     mode: str,
@@ -111,6 +121,7 @@ def _results(
     with progress_bar() as progress:
         task = progress.add_task("scoring", total=len(questions))
         if scored:
+            assert not isinstance(opened, str), "mode local opens the bundle"
             results += score_choices(opened, machine, scored, lambda: progress.advance(task))
         if asked:
             with open_reasoner(opened, mode=mode, options=options) as reasoner:
@@ -122,7 +133,8 @@ def _show(document: dict[str, Any]) -> None:
     from rich.table import Column, Table
 
     stderr = "" if document["stderr"] is None else f" ± {100 * document['stderr']:.1f}"
-    title = f"{plain(document['model'])}: {100 * document['accuracy']:.1f}{stderr} % of {document['n']}"
+    model = plain(document["model"] or "the cloud")
+    title = f"{model}: {100 * document['accuracy']:.1f}{stderr} % of {document['n']}"
     table = Table("part", Column("n", justify="right"), Column("right %", justify="right"), title=title)
     for kind in ("by_metric", "by_source"):
         for name, part in document[kind].items():

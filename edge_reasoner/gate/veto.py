@@ -21,7 +21,7 @@ def vetoes(
     text: str,
     *,
     prompt_tokens: int,
-    context_tokens: int,
+    context_tokens: int | None,
     policy: Policy,
     mode: Mode,
     has_cloud: bool,
@@ -30,11 +30,12 @@ def vetoes(
     """Which places are excluded for a prompt.
 
     `text` is everything that would be sent; `prompt_tokens` its length as the local model sees it, template
-    included; `context_tokens` the local limit, of which one token must be left for an answer.
+    included; `context_tokens` the local limit, of which one token must be left for an answer; None where the
+    local model is not asked.
     `local_problem`: why the local model cannot read the prompt, if it cannot.
     """
     against_local: list[str] = []
-    if prompt_tokens + 1 > context_tokens:
+    if context_tokens is not None and prompt_tokens + 1 > context_tokens:
         against_local.append(
             f"the prompt's {prompt_tokens} tokens do not fit the local context of {context_tokens} tokens"
         )

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from edge_reasoner.activation.activate import activate
 from edge_reasoner.activation.store import Activation
-from edge_reasoner.contract.bundle.manifest import Component, ComponentKind, DecoderSpec
+from edge_reasoner.contract.bundle.manifest import Component, ComponentKind, DecoderSpec, Manifest
 from edge_reasoner.contract.bundle.open import Bundle
 from edge_reasoner.contract.bundle.tokenizer_files import (
     MAX_TOKENIZER_BYTES,
@@ -31,6 +31,7 @@ from edge_reasoner.errors import BundleError, TemplateError
 from edge_reasoner.files import decode_text
 from edge_reasoner.machine.allowance import allowance
 from edge_reasoner.preprocess.preprocessor import Preprocessor
+from edge_reasoner.query.device import DeviceParts
 
 #: Where the model's own context is longer, this bounds the KV cache unless the caller asks for more.
 DEFAULT_CONTEXT_TOKENS = 4096
@@ -106,6 +107,16 @@ def _cache_bytes() -> int | None:
     return None if memory_bytes is None else memory_bytes // _CACHE_SHARE
 
 
+def open_device(
+    bundle: Bundle, machine: Machine, *, context_tokens: int | None = None, has_cloud: bool = False
+) -> DeviceParts:
+    """Everything that answers on the device. Raises what `open_local_model` and `open_preprocessor` raise."""
+    model, activation = open_local_model(bundle, machine, context_tokens=context_tokens, has_cloud=has_cloud)
+    with closed_on_failure(model):
+        preprocessor = open_preprocessor(bundle, machine)
+    return DeviceParts(model, preprocessor, activation, _predicted_power_w(bundle.manifest))
+
+
 def open_preprocessor(bundle: Bundle, machine: Machine) -> Preprocessor:
     """The bundle's preprocessor; without such a component one that computes features only."""
     component = bundle.manifest.component("preprocessor")
@@ -150,3 +161,11 @@ def _open_template(
 
 def _has(component: Component, path: str) -> bool:
     return any(entry.path == path for entry in component.files)
+
+
+def _predicted_power_w(manifest: Manifest) -> float | None:
+    component = manifest.component("reasoner")
+    predicted = None if component is None else component.predicted
+    if predicted is None or predicted.joules_per_token is None or predicted.decode_tps is None:
+        return None
+    return predicted.joules_per_token * predicted.decode_tps

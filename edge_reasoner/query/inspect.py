@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,13 +10,13 @@ from numpy.typing import NDArray
 
 from edge_reasoner.chat.messages import message_text
 from edge_reasoner.chat.model import ChatRequest
-from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.errors import InputError
 from edge_reasoner.gate.decide import Decision, decide_before
 from edge_reasoner.gate.policy import Mode, Policy
 from edge_reasoner.gate.veto import Vetoes, vetoes
 from edge_reasoner.preprocess.features import PromptFeatures
 from edge_reasoner.preprocess.preprocessor import Preprocessor
+from edge_reasoner.query.device import Device
 
 
 @dataclass(frozen=True)
@@ -47,28 +48,33 @@ class Inspected:
 
 
 def inspect(
-    query: Query, local: LocalModel, preprocessor: Preprocessor, policy: Policy, *, has_cloud: bool
+    query: Query, device: Device, policy: Policy, *, has_cloud: bool, clock: Callable[[], float]
 ) -> Inspected:
-    """Looks at a query. Raises InputError for messages without text.
+    """Looks at a query. Raises InputError for messages without text, and what opening the device raises.
 
-    Mode "cloud" needs nothing of the local model, so its template and tokenizer are not tried then.
+    Mode "cloud" asks nothing of the device: neither tokenizer, template nor encoder are tried then, and its
+    context is no limit. The owner's vetoes look at the text alone and hold in every mode.
     """
     messages = query.request.messages
     text = "\n".join(message_text(message) for message in messages)
-    looked = preprocessor.run(message_text(messages[-1]))
     prompt_ids: tuple[int, ...] = ()
     local_error: InputError | None = None
+    context_tokens: int | None = None
+    preprocessor = Preprocessor(None, None, clock=clock)
     if query.mode != "cloud":
+        parts = device.parts
+        preprocessor, limit = parts.preprocessor, parts.model.context_tokens
+        context_tokens = min(query.request.context_tokens or limit, limit)
         try:
-            prompt_ids = tuple(local.prompt_ids(messages))
+            prompt_ids = tuple(parts.model.prompt_ids(messages))
         except InputError as error:
             # the device's trouble: the cloud may still answer
             local_error = error
-    limit = min(query.request.context_tokens or local.context_tokens, local.context_tokens)
+    looked = preprocessor.run(message_text(messages[-1]))
     veto = vetoes(
         text,
         prompt_tokens=len(prompt_ids),
-        context_tokens=limit,
+        context_tokens=context_tokens,
         local_problem=None if local_error is None else str(local_error),
         policy=policy,
         mode=query.mode,

@@ -5,6 +5,7 @@ A query is a generator of `Piece`s that returns the `Answer`; `PulledStream` mak
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
@@ -12,7 +13,6 @@ from edge_reasoner.chat.messages import message_text
 from edge_reasoner.chat.model import Cancellation, ChatModel, ChatRequest, ChatResult, Usage
 from edge_reasoner.cloud.base import CloudPrice
 from edge_reasoner.engine.generate import Generation, TokenPiece
-from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.errors import (
     BackendError,
     CloudProtocolError,
@@ -23,8 +23,8 @@ from edge_reasoner.errors import (
 )
 from edge_reasoner.gate.decide import AnswerStats, Decision, decide_after, forced
 from edge_reasoner.gate.policy import Policy
-from edge_reasoner.preprocess.preprocessor import Preprocessor
 from edge_reasoner.query.answer import Answer, Cost, Piece, Source
+from edge_reasoner.query.device import Device
 from edge_reasoner.query.inspect import Inspected, Query, inspect
 from edge_reasoner.query.meter import Meter
 
@@ -87,8 +87,7 @@ class Router:
 
     def __init__(
         self,
-        local: LocalModel,
-        preprocessor: Preprocessor,
+        device: Device,
         cloud: ChatModel | None,
         *,
         policy: Policy,
@@ -96,10 +95,9 @@ class Router:
         power_w: float | None,
         clock: Callable[[], float],
     ) -> None:
-        """`power_w`: the board's draw under load, for the joules of an answer; None if unknown."""
-        self.local = local
+        """`power_w`: the board's draw under load, for an answer's joules; None: as the bundle predicts."""
         self.policy = policy
-        self._preprocessor = preprocessor
+        self._device = device
         self._cloud = cloud
         self._price = price
         self._power_w = power_w
@@ -110,7 +108,7 @@ class Router:
         meter = Meter(self._clock)
         # 1. Look: features, embedding, length in tokens; what the owner forbids.
         looked = inspect(
-            query, self.local, self._preprocessor, self.policy, has_cloud=self._cloud is not None
+            query, self._device, self.policy, has_cloud=self._cloud is not None, clock=self._clock
         )
         meter.preprocess_ms = looked.preprocess_ms
         way = _Way(looked, meter, cancellation)
@@ -204,7 +202,7 @@ class Router:
         judged, held, committed = _Judged(), list[str](), not gated
         shown = [] if shown is None else shown
         features, streaming = way.looked.features, way.looked.query.streaming
-        stream = self.local.submit_ids(way.looked.prompt_ids, way.request)
+        stream = self._device.parts.model.submit_ids(way.looked.prompt_ids, way.request)
         way.cancellation.follow(stream)
         with stream:
             try:
@@ -266,7 +264,7 @@ class Router:
             text=generation.text,
             thinking=generation.thinking,
             source=source,
-            model=self.local.name,
+            model=self._device.parts.model.name,
             confidence=outcome.decision.score,
             decision=outcome.decision,
             usage=generation.usage,
@@ -294,16 +292,25 @@ class Router:
         )
 
     def _counted(self, way: _Way, text: str) -> Usage:
-        """The endpoint did not count: the local tokenizer does, or the length stands in."""
-        try:
-            prompt = way.looked.prompt_ids or self.local.prompt_ids(way.request.messages)
-            return Usage(len(prompt), len(self.local.tokenizer.encode(text)))
-        except EdgeReasonerError:
-            asked = sum(len(message_text(message)) for message in way.request.messages)
-            return Usage(asked // _CHARS_PER_TOKEN + 1, len(text) // _CHARS_PER_TOKEN + 1)
+        """The endpoint did not count: the local tokenizer does, if it is there, or the length stands in."""
+        opened = self._device.opened
+        if opened is not None:
+            with contextlib.suppress(EdgeReasonerError):
+                prompt = way.looked.prompt_ids or opened.model.prompt_ids(way.request.messages)
+                return Usage(len(prompt), len(opened.model.tokenizer.encode(text)))
+        asked = sum(len(message_text(message)) for message in way.request.messages)
+        return Usage(asked // _CHARS_PER_TOKEN + 1, len(text) // _CHARS_PER_TOKEN + 1)
 
     def _cost(self, way: _Way, cloud_usage: Usage | None) -> Cost:
         usd: float | None = 0.0
         if cloud_usage is not None:
             usd = None if self._price is None else self._price.cost_usd(cloud_usage)
-        return Cost(usd, None if self._power_w is None else self._power_w * way.meter.local_busy_s)
+        return Cost(usd, self._joules(way.meter.local_busy_s))
+
+    def _joules(self, busy_s: float) -> float | None:
+        power_w, opened = self._power_w, self._device.opened
+        if power_w is None and opened is not None:
+            power_w = opened.power_w
+        if busy_s == 0 and opened is None:
+            return 0.0  # the device's model was not even opened
+        return None if power_w is None else power_w * busy_s

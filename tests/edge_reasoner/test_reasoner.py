@@ -27,6 +27,7 @@ from edge_reasoner.errors import (
 )
 from edge_reasoner.gate.policy import Policy
 from edge_reasoner.preprocess.preprocessor import Preprocessor
+from edge_reasoner.query.device import Device
 from edge_reasoner.reasoner import Reasoner
 from edge_reasoner.server.reference import ReferenceModel, serving
 
@@ -46,7 +47,7 @@ def _reasoner(
     cloud = None if url is None else connect(CloudOptions(url, model="big", limits=LIMITS))
     local = scripted_model(ANSWERS, sure=sure, context_tokens=context_tokens)
     preprocessor = Preprocessor(None, None, clock=time.perf_counter)
-    with Reasoner(local, preprocessor, cloud, **options) as reasoner:
+    with Reasoner(Device.of(local, preprocessor), cloud, **options) as reasoner:
         yield reasoner
 
 
@@ -257,12 +258,12 @@ def test_a_template_that_fails_leaves_the_cloud() -> None:
     """Messages that the local template refuses go to the cloud; without one the refusal is said."""
     broken = "{{ raise_exception('only images') }}"
     with (
-        Reasoner(scripted_model({}, template=broken), _plain_preprocessor()) as reasoner,
+        Reasoner(Device.of(scripted_model({}, template=broken), _plain_preprocessor())) as reasoner,
         pytest.raises(TemplateError, match="only images"),
     ):
         reasoner.ask(EASY)
     above = scripted_model({"capital": "from above"})
-    with Reasoner(scripted_model({}, template=broken), _plain_preprocessor(), above) as reasoner:
+    with Reasoner(Device.of(scripted_model({}, template=broken), _plain_preprocessor()), above) as reasoner:
         answer = reasoner.ask(EASY)
         assert (answer.source, answer.text) == ("cloud", "from above")
         assert any("only images" in reason for reason in answer.decision.reasons)
@@ -285,16 +286,20 @@ def test_a_local_failure_leaves_the_cloud(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_tiers_nest() -> None:
     """A Reasoner is another one's cloud, in process and over HTTP; what degraded above is told below."""
-    gateway = Reasoner(scripted_model({"train": "five hours"}), _plain_preprocessor(), _nobody())
-    with Reasoner(scripted_model(ANSWERS), _plain_preprocessor(), gateway) as device:
+    gateway = Reasoner(Device.of(scripted_model({"train": "five hours"}), _plain_preprocessor()), _nobody())
+    with Reasoner(Device.of(scripted_model(ANSWERS), _plain_preprocessor()), gateway) as device:
         answer = device.ask(HARD)
         assert (answer.source, answer.text, answer.model) == ("cloud", "five hours", "tiny")
         assert answer.note is not None and "the cloud failed" in answer.note
         assert "".join(device.stream(HARD)) == "five hours"
-    gateway = Reasoner(scripted_model({"train": "five hours"}), _plain_preprocessor(), mode="local")
+    gateway = Reasoner(
+        Device.of(scripted_model({"train": "five hours"}), _plain_preprocessor()), mode="local"
+    )
     with (
         serving(ReferenceModel(gateway, "gateway")) as url,
-        Reasoner(scripted_model(ANSWERS), _plain_preprocessor(), connect(CloudOptions(url))) as device,
+        Reasoner(
+            Device.of(scripted_model(ANSWERS), _plain_preprocessor()), connect(CloudOptions(url))
+        ) as device,
     ):
         answer = device.ask(HARD)
         assert (answer.source, answer.text, answer.model) == ("cloud", "five hours", "gateway")

@@ -15,6 +15,7 @@ from edge_reasoner.chat.model import Cancellation, PulledStream
 from edge_reasoner.errors import BackendError, InputError
 from edge_reasoner.gate.policy import Policy
 from edge_reasoner.preprocess.preprocessor import Preprocessor
+from edge_reasoner.query.device import Device
 from edge_reasoner.reasoner import Reasoner
 
 LONG = "Z" * 200
@@ -23,7 +24,7 @@ LONG = "Z" * 200
 @contextmanager
 def _reasoner(model: WatchedModel, cloud=None, **options) -> Iterator[Reasoner]:
     preprocessor = Preprocessor(None, None, clock=time.perf_counter)
-    with Reasoner(local_of(model), preprocessor, cloud, **options) as reasoner:
+    with Reasoner(Device.of(local_of(model), preprocessor), cloud, **options) as reasoner:
         try:
             yield reasoner
         finally:

@@ -13,7 +13,7 @@ from typing import Any
 
 from edge_reasoner.activation.opening import open_bundle_at
 from edge_reasoner.activation.store import Activation
-from edge_reasoner.chat.messages import as_messages
+from edge_reasoner.chat.messages import as_messages, said
 from edge_reasoner.chat.model import (
     Cancellation,
     ChatModel,
@@ -173,7 +173,8 @@ class Reasoner:
 
         Nothing is shown before the gate has committed to the local answer, and nothing shown is retracted.
         A piece of kind "handover" (empty) says that the cloud answers; one of kind "degraded" says in its
-        text that the cloud broke off and the device starts anew. A stream that is
+        text that the cloud broke off and the device starts anew. `Piece.thought` is a reasoning model's
+        thinking as it comes. A stream that is
         closed, cancelled or dropped frees the model within a token.
         """
         return self._run(prompt, params, sampling, mode, context_tokens, streaming=True)
@@ -291,7 +292,7 @@ class ChatSession:
 
     def _keep(self, turn: list[Message], answer: Answer) -> Answer:
         with self._lock:
-            self._messages = [*turn, {"role": "assistant", "content": answer.text}]
+            self._messages = [*turn, said(answer.text, answer.thinking)]
         if answer.source != "cloud":
             self._reasoner.prefill_ahead(self._messages)
         return answer

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from edge_reasoner.contract.template.render import Message
 from edge_reasoner.errors import InputError
 
+#: where messages carry what was thought before an answer; the first is the one written here
+THINKING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+
 
 def message_text(message: Message) -> str:
     """The text of a message: its content, or the text parts of it. Raises InputError."""
@@ -20,6 +23,12 @@ def message_text(message: Message) -> str:
     raise InputError(
         f"message of role {message.get('role')!r}: content must be a string or a list of text parts"
     )
+
+
+def said(answer: str, thinking: str | None) -> Message:
+    """An answer as a message of the chat, its thinking beside its content for templates that ask for it."""
+    message = {"role": "assistant", "content": answer}
+    return message if thinking is None else message | {THINKING_FIELDS[0]: thinking}
 
 
 def as_messages(prompt: str | Sequence[Message]) -> list[Message]:

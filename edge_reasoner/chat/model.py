@@ -54,6 +54,29 @@ class ChatRequest:
             raise InputError("a request needs either messages or a text, and not both")
 
 
+_Made = TypeVar("_Made", bound="ChatPiece")
+
+
+class ChatPiece(str):
+    """A piece of an answer: prints as its text, which may be empty. `thought`: what a reasoning model thought
+    meanwhile; it is no part of the text."""
+
+    thought: str
+
+    __slots__ = ("thought",)
+
+    def __new__(cls: type[_Made], text: str, thought: str = "") -> _Made:
+        """Makes a piece."""
+        piece = super().__new__(cls, text)
+        piece.thought = thought
+        return piece
+
+
+def thought_of(piece: str) -> str:
+    """What was thought meanwhile; "" where the piece does not say."""
+    return piece.thought if isinstance(piece, ChatPiece) else ""
+
+
 class ChatResult(Protocol):
     """A finished answer. `thinking`: what a reasoning model wrote before it, or None. `usage`: None where
     nobody counted."""
@@ -76,7 +99,7 @@ ResultT_co = TypeVar("ResultT_co", bound=ChatResult, covariant=True)
 
 class ChatStream(Protocol[PieceT_co, ResultT_co]):
     """An answer under way. Iterating gives its pieces (str, or a subclass that says more; some are empty),
-    each once.
+    each once. Thinking comes with them as `ChatPiece.thought`; what the result calls `thinking` counts.
 
     Errors of the model are raised by the iteration and by `result`. A stream that is dropped, closed or
     cancelled frees the model within one token.

@@ -19,7 +19,7 @@ from edge_reasoner.cli.options import (
     take_sampling,
     threads_option,
 )
-from edge_reasoner.cli.output import footer, json_option, note, print_json, write_text
+from edge_reasoner.cli.output import AnswerWriter, json_option, print_json, thinking_option
 
 
 @click.command()
@@ -31,9 +31,16 @@ from edge_reasoner.cli.output import footer, json_option, note, print_json, writ
 @click.option("--system", metavar="TEXT", help="A system message before the prompt.")
 @threads_option
 @context_option
+@thinking_option
 @json_option
 def ask(
-    bundle: str, prompt: str | None, mode: str, system: str | None, as_json: bool, **options: Any
+    bundle: str,
+    prompt: str | None,
+    mode: str,
+    system: str | None,
+    show_thinking: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Answer PROMPT (or standard input: -) with BUNDLE.
 
@@ -46,11 +53,9 @@ def ask(
         if as_json:
             print_json(reasoner.ask(messages, params=params).to_dict())
             return
+        writer = AnswerWriter(show_thinking=show_thinking)
         for piece in reasoner.stream(messages, params=params):
-            write_text(piece)
-            if piece.answer is not None:
-                click.echo()
-                note(footer(piece.answer))
+            writer.write(piece)
 
 
 def _prompt(prompt: str | None) -> str:

@@ -21,7 +21,7 @@ from edge_reasoner.cli.options import (
     take_sampling,
     threads_option,
 )
-from edge_reasoner.cli.output import footer, note, write_text
+from edge_reasoner.cli.output import AnswerWriter, note, thinking_option
 from edge_reasoner.errors import EdgeReasonerError, InputError
 
 
@@ -33,7 +33,8 @@ from edge_reasoner.errors import EdgeReasonerError, InputError
 @click.option("--system", metavar="TEXT", help="The conversation's first message.")
 @threads_option
 @context_option
-def chat(bundle: str, mode: str, system: str | None, **options: Any) -> None:
+@thinking_option
+def chat(bundle: str, mode: str, system: str | None, show_thinking: bool, **options: Any) -> None:
     """Talk with BUNDLE: one line is one turn; the end of input (Ctrl-D) or /quit ends it."""
     if system is not None:
         check_text(system, "--system")
@@ -52,11 +53,9 @@ def chat(bundle: str, mode: str, system: str | None, **options: Any) -> None:
             if not line.strip():
                 continue
             try:
+                writer = AnswerWriter(show_thinking=show_thinking)
                 for piece in session.stream(line, params=params):
-                    write_text(piece)
-                    if piece.answer is not None:
-                        click.echo()
-                        note(footer(piece.answer))
+                    writer.write(piece)
             except EdgeReasonerError as error:
                 if not interactive:
                     raise

@@ -16,9 +16,15 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from edge_reasoner.query.answer import Answer
+    from edge_reasoner.query.answer import Answer, Piece
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object.")
+
+thinking_option = click.option(
+    "--show-thinking",
+    is_flag=True,
+    help="Show what a reasoning model thinks, dimmed, on standard error; --json has it anyway.",
+)
 
 #: longest line on standard error; a cloud's or a file's text may be in it
 MAX_LINE_CHARS = 4000
@@ -35,6 +41,30 @@ def write_text(text: str) -> None:
     Also into a pipe, which may end at a terminal; `--json` keeps every character.
     """
     click.echo(printable(text), nl=False)
+
+
+class AnswerWriter:
+    """Writes a streamed answer: its text to standard output, at its end a line about it to standard error.
+
+    `show_thinking`: what the model thinks goes to standard error too, dimmed where that is a terminal.
+    """
+
+    def __init__(self, *, show_thinking: bool) -> None:
+        self._show_thinking = show_thinking
+        self._thinking = False
+
+    def write(self, piece: Piece) -> None:
+        """Writes a piece at once."""
+        if self._show_thinking and piece.thought:
+            click.secho(printable(piece.thought), dim=True, nl=False, err=True)
+            self._thinking = True
+        if self._thinking and (piece or piece.kind in ("handover", "end")):
+            click.echo(err=True)
+            self._thinking = False
+        write_text(piece)
+        if piece.answer is not None:
+            click.echo()
+            note(footer(piece.answer))
 
 
 def note(text: str) -> None:

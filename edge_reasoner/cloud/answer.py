@@ -6,13 +6,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from edge_reasoner.chat.model import Usage
+from edge_reasoner.chat.model import ChatPiece, Usage
 from edge_reasoner.cloud.base import CloudLimits, CloudResult
 from edge_reasoner.cloud.faults import fix_surrogates
 from edge_reasoner.cloud.parts import Part
 from edge_reasoner.cloud.redact import PieceRedactor, Redactor
 from edge_reasoner.engine.stopping import StopMatcher
 from edge_reasoner.errors import CloudProtocolError, one_line
+
+
+def only_thought(finish_reason: str) -> str:
+    """What is wrong with an answer that is all thinking."""
+    return f"thought and gave no answer (finish reason {one_line(finish_reason, 40)!r}); allow more tokens"
 
 
 class AnswerUnderWay:
@@ -37,7 +42,7 @@ class AnswerUnderWay:
         self._asked_model = str(sent.get("model", ""))
         self._stop = StopMatcher(stop)
         self._pieces, self._thoughts = PieceRedactor(self._redactor), PieceRedactor(self._redactor)
-        self._half = ""
+        self._halves, self._thought_halves = _Halves(), _Halves()
         self._chars = 0
         self._has_words = False
         self._thinking: list[str] = []
@@ -46,8 +51,8 @@ class AnswerUnderWay:
         self._usage: Usage | None = None
         self._called_tools = self._refused = False
 
-    def add(self, part: Part) -> str:
-        """Adds a part; returns the text that may be shown now."""
+    def add(self, part: Part) -> ChatPiece:
+        """Adds a part; returns the text and the thinking that may be shown now."""
         self._model = part.model or self._model
         self._usage = part.usage or self._usage
         self._called_tools |= part.called_tools
@@ -55,21 +60,25 @@ class AnswerUnderWay:
         self.remark = part.remark or self.remark
         self._chars += len(part.text) + len(part.thinking)
         self.too_long = self._chars > self._limits.answer_chars
+        thought = ""
         if part.thinking:
-            self._thinking.append(self._thoughts.push(part.thinking))
-        text = self._pieces.push(self._stop.push(self._whole(part.text)))
+            thought = self._thoughts.push(self._thought_halves.push(part.thinking))
+            self._thinking.append(thought)
+        text = self._pieces.push(self._stop.push(self._halves.push(part.text)))
         if part.finish_reason is not None:
             self._finish = part.finish_reason
             if not self.complete:
                 self.complete, self.settled_s = True, self._clock() + self._limits.settle_s
         if self._stop.stopped:
             self._finish, self.complete = "stop", True
-        return self._shown(text + self._flush() if self.complete else text)
+        if self.complete:
+            text, thought = text + self._flush(), thought + self._flush_thought()
+        return ChatPiece(self._shown(text), thought)
 
-    def end(self) -> str:
-        """The reply says that it is whole; returns the text that was still held back."""
+    def end(self) -> ChatPiece:
+        """The reply says that it is whole; returns what was still held back."""
         self.complete = True
-        return self._shown(self._flush())
+        return ChatPiece(self._shown(self._flush()), self._flush_thought())
 
     def _flaw(self) -> str | None:
         """Why a complete reply is no answer, or None."""
@@ -80,8 +89,7 @@ class AnswerUnderWay:
         if self._called_tools:
             return "called tools instead of answering; none were offered"
         if self._thinking:
-            reason = one_line(self._finish or "stop", 40)
-            return f"thought and gave no answer (finish reason {reason!r}); allow more tokens"
+            return only_thought(self._finish or "stop")
         if self.remark:
             return f"the answer is empty: {one_line(self.remark)}"
         return "the answer is empty"
@@ -92,7 +100,8 @@ class AnswerUnderWay:
         if flaw is not None:
             raise CloudProtocolError(flaw)
         finish = "refusal" if self._refused else self._finish or "stop"
-        thinking = fix_surrogates("".join(self._thinking) + self._thoughts.flush())
+        self._flush_thought()
+        thinking = "".join(self._thinking)
         model = self._model or asked_model or self._asked_model
         return CloudResult("", thinking or None, self._tidy(model), self._tidy(finish), self._usage)
 
@@ -107,15 +116,30 @@ class AnswerUnderWay:
 
     def _flush(self) -> str:
         rest = self._stop.flush() if not self._stop.stopped else ""
-        half, self._half = self._half, ""
-        return self._pieces.push(rest + fix_surrogates(half)) + self._pieces.flush()
+        return self._pieces.push(rest + self._halves.flush()) + self._pieces.flush()
 
-    def _whole(self, text: str) -> str:
-        """`text` that can be encoded: a pair of surrogates may come in two parts."""
+    def _flush_thought(self) -> str:
+        rest = self._thoughts.push(self._thought_halves.flush()) + self._thoughts.flush()
+        if rest:
+            self._thinking.append(rest)
+        return rest
+
+    def _tidy(self, name: str) -> str:
+        return self._redactor.clean(fix_surrogates(name))
+
+
+class _Halves:
+    """Makes text that can be encoded: a pair of surrogates may come in two parts."""
+
+    def __init__(self) -> None:
+        self._half = ""
+
+    def push(self, text: str) -> str:
         text, self._half = self._half + text, ""
         if text and "\ud800" <= text[-1] <= "\udbff":
             text, self._half = text[:-1], text[-1]
         return fix_surrogates(text)
 
-    def _tidy(self, name: str) -> str:
-        return self._redactor.clean(fix_surrogates(name))
+    def flush(self) -> str:
+        half, self._half = self._half, ""
+        return fix_surrogates(half)

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 
-from edge_reasoner.chat.model import Cancellation, ChatRequest, PulledStream
+from edge_reasoner.chat.model import Cancellation, ChatPiece, ChatRequest, PulledStream, thought_of
 from edge_reasoner.chat.thinking import Split, ThinkingSplitter
-from edge_reasoner.cloud.answer import AnswerUnderWay
+from edge_reasoner.cloud.answer import AnswerUnderWay, only_thought
 from edge_reasoner.cloud.base import CloudOptions, CloudResult, CloudStream
 from edge_reasoner.cloud.dialect import MAX_REPAIRS, Dialect, encode, request_body
 from edge_reasoner.cloud.faults import Fault, parse_fault
@@ -108,17 +108,27 @@ class OpenAIModel:
         splitter = ThinkingSplitter()
         try:
             for received in texts:
-                if text := splitter.push(received):
-                    yield text
-            if rest := splitter.finish():
-                yield rest
-            return _split(texts.result(), splitter.split())
+                text = splitter.push(received)
+                if (thought := thought_of(received) + splitter.take_thought()) or text:
+                    yield ChatPiece(text, thought)
+            rest = splitter.finish()
+            if (thought := splitter.take_thought()) or rest:
+                yield ChatPiece(rest, thought)
+            return self._split(texts.result(), splitter.split())
         except CloudError as error:
             failed = scrubbed(error, self._transport.redactor)
         finally:
             texts.close()
         # outside of the handler: what a secret was cut out of must not hang on it as its context
         raise failed
+
+    def _split(self, result: CloudResult, split: Split) -> CloudResult:
+        """The result with its thinking, from markers in the text and from fields beside it, apart from its
+        answer. Raises CloudProtocolError where that is all there is."""
+        thoughts = "\n\n".join(filter(None, (result.thinking, split.thinking)))
+        if thoughts and not split.answer.strip() and result.finish_reason != "cancelled":
+            raise CloudProtocolError(f"{self._url}: {only_thought(result.finish_reason)}")
+        return replace(result, text=split.answer, thinking=thoughts or None)
 
     def _late(self, answer: AnswerUnderWay) -> CloudResult:
         if answer.complete:
@@ -240,10 +250,3 @@ class OpenAIModel:
         if self._clock() + wait_s >= end_s:
             raise failed.error from failed
         self._sleep(wait_s)
-
-
-def _split(result: CloudResult, split: Split) -> CloudResult:
-    """The result with its thinking apart from its answer: from markers in the text, and from fields beside
-    it."""
-    thoughts = "\n\n".join(filter(None, (result.thinking, split.thinking)))
-    return replace(result, text=split.answer, thinking=thoughts or None)

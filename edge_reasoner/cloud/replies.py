@@ -17,7 +17,7 @@ _PINGS = frozenset(("ping", "heartbeat", "keepalive", "keep-alive"))
 
 
 def read_answer(chunks: Iterable[bytes], answer: AnswerUnderWay, limits: CloudLimits) -> Iterator[str]:
-    """Adds a body to `answer` as it arrives; yields what may be shown, also empty texts.
+    """Adds a body to `answer` as it arrives; yields what may be shown, with its thinking, also empty texts.
 
     Whether it is a stream or JSON shows in its first character: content types are often wrong. Raises
     CloudProtocolError for a failure that it reports and for what is no answer, CloudUnavailableError if it

@@ -7,18 +7,18 @@ model's buffers is kept over a pause.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_reasoner.backends.base import DecoderModel, Step
-from edge_reasoner.chat.model import FinishReason, Usage
+from edge_reasoner.chat.model import ChatPiece, FinishReason, Usage
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.chat.thinking import Split, ThinkingSplitter, is_marker
 from edge_reasoner.engine.prefix import CachedSequence, CachePool, HiddenMark, chunk_end
-from edge_reasoner.engine.sampling import Scratch, choose
+from edge_reasoner.engine.sampling import Choice, Scratch, choose
 from edge_reasoner.engine.stopping import StopMatcher
 from edge_reasoner.engine.tokens import IncrementalDecoder, TextTokenizer
 
@@ -27,12 +27,13 @@ Hidden = NDArray[np.float32]
 _UNKNOWN = -1
 
 
-class TokenPiece(str):
+class TokenPiece(ChatPiece):
     """One token of an answer: prints as its text, which may be empty, or that of several tokens that became
     final together. The statistics are of the model's own distribution, before sampling (natural logarithms).
 
     The last piece may carry text without a token (`token_id` None): what was held back. `thinking`: the token
-    belongs to what a reasoning model writes before its answer; its text is not shown.
+    belongs to what a reasoning model writes before its answer, and so does all before it; its text is not
+    shown, but is `thought`.
     """
 
     token_id: int | None
@@ -51,9 +52,10 @@ class TokenPiece(str):
         margin: float = 0.0,
         entropy: float = 0.0,
         thinking: bool = False,
+        thought: str = "",
     ) -> TokenPiece:
         """Makes a piece of `text`."""
-        piece = super().__new__(cls, text)
+        piece = super().__new__(cls, text, thought)
         piece.token_id = token_id
         piece.logprob = logprob
         piece.margin = margin
@@ -82,8 +84,9 @@ class DecodeTimings:
 class HiddenStates:
     """Outputs of the final norm, float32 [hidden]: at the last token and as the mean over all tokens.
 
-    The answer's are of the tokens that the model has read: an answer's last token is not among them. They are
-    None for an answer that ended at its first token.
+    The answer's are of the tokens that the model has read: an answer's last token is not among them. Nor are
+    the tokens of its thinking, of the markers around it and of the blanks after it. They are None where no
+    token is left: the answer ended at its first token, or within its thinking.
     """
 
     prompt_last: Hidden
@@ -229,6 +232,8 @@ class Decoding:
         self._splitter = None if request.prompt_tail is None else ThinkingSplitter(request.prompt_tail)
         self._answer_sum: Hidden | None = None
         self._answer_last: Hidden | None = None
+        self._answer_fed = 0
+        self._unshown_chars = 0
 
     def turns(self, listener: Listener) -> Iterator[None]:
         """Makes one model call a turn; ends when `generation` is set. Raises BackendError."""
@@ -236,8 +241,7 @@ class Decoding:
         watch, budget = self._watch, request.budget_tokens
         finish: FinishReason = "length" if budget == params.max_tokens else "context"
         rng = np.random.default_rng(params.seed)
-        shows = None if self._splitter is None else is_marker
-        text = IncrementalDecoder(self._decoder.tokenizer, shows=shows)
+        text = IncrementalDecoder(self._decoder.tokenizer, shows=self._shows())
         stopper = StopMatcher(params.stop)
         watch.resume()
         queue_s = watch.queue_s = watch.elapsed_s()
@@ -261,23 +265,19 @@ class Decoding:
             if choice.token_id in self._decoder.eos_token_ids:
                 finish = "stop"
                 break
-            shown, thinking = self._split(stopper.push(text.push(choice.token_id)))
-            listener.show(
-                TokenPiece(
-                    shown, choice.token_id, choice.logprob, choice.margin, choice.entropy, thinking=thinking
-                )
-            )
+            piece = self._piece(text.push(choice.token_id), stopper, choice)
+            listener.show(piece)
             if stopper.stopped or len(self._answer) == budget:
                 break
             yield from self._others()
             if not listener.cancelled:
-                step = self._feed(choice.token_id)
+                step = self._feed(choice.token_id, thinking=piece.thinking)
         else:
             finish = "cancelled"
         # 3. Finish: release what was held back for a longer token or a stop string that never came.
-        rest, _ = self._split(stopper.push(text.flush()) + stopper.flush(), last=True)
-        if rest:
-            listener.show(TokenPiece(rest))
+        rest = self._rest(text.flush(), stopper)
+        if rest or rest.thought:
+            listener.show(rest)
         watch.pause()
         timings = DecodeTimings(
             queue_ms=queue_s * 1e3,
@@ -289,17 +289,44 @@ class Decoding:
         )
         self.generation = self._whole("stop" if stopper.stopped else finish, reused, timings)
 
-    def _split(self, text: str, *, last: bool = False) -> tuple[str, bool]:
-        """The part of `text` that is answer, and whether thinking went on or ended in it."""
+    def _shows(self) -> Callable[[str], bool] | None:
+        """Which special tokens are text all the same."""
         if self._splitter is None:
-            self._shown.append(text)
-            return text, False
-        blocks, inside = self._splitter.blocks, self._splitter.in_thinking
-        shown = self._splitter.push(text)
-        thinking = inside or self._splitter.in_thinking or self._splitter.blocks > blocks
-        if last:
-            shown += self._splitter.finish()
-        return shown, thinking
+            return None
+        harmony = self._decoder.tokenizer.token_id("<|channel|>") is not None
+        return lambda token: is_marker(token, harmony=harmony)
+
+    def _piece(self, text: str, stopper: StopMatcher, choice: Choice) -> TokenPiece:
+        """The piece of a token that made `text` final. Stop strings are looked for in the answer alone."""
+        splitter, thinking, thought = self._splitter, False, ""
+        if splitter is not None:
+            blocks, inside = splitter.blocks, splitter.in_thinking
+            text = splitter.push(text)
+            thinking = inside or splitter.before_answer or splitter.blocks > blocks
+            thought = splitter.take_thought()
+        return TokenPiece(
+            self._show(text, stopper.push(text)),
+            choice.token_id,
+            choice.logprob,
+            choice.margin,
+            choice.entropy,
+            thinking=thinking,
+            thought=thought,
+        )
+
+    def _rest(self, text: str, stopper: StopMatcher) -> TokenPiece:
+        """The last piece, of `text` that was held back until the end."""
+        thought = ""
+        if self._splitter is not None:
+            text = self._splitter.push(text) + self._splitter.finish()
+            thought = self._splitter.take_thought()
+        return TokenPiece(self._show(text, stopper.push(text) + stopper.flush()), thought=thought)
+
+    def _show(self, text: str, shown: str) -> str:
+        """Counts what of the answer's text is not shown: held back, or from a stop string on."""
+        self._unshown_chars += len(text) - len(shown)
+        self._shown.append(shown)
+        return shown
 
     def _others(self) -> Iterator[None]:
         self._watch.pause()
@@ -314,16 +341,24 @@ class Decoding:
     def _prefill_chunk(self) -> Step:
         return self._decoder.feed_chunk(self._sequence, self._request.prompt, hidden=self._request.hidden)
 
-    def _feed(self, token_id: int) -> Step:
+    def _feed(self, token_id: int, *, thinking: bool) -> Step:
         step = self._decoder.extend(self._sequence, (token_id,), hidden=self._request.hidden)
-        if step.hidden_sum is not None and step.hidden_last is not None:
+        if thinking:
+            # so is all before it: an opening marker may take several tokens, or only the closing one came
+            self._answer_sum, self._answer_last, self._answer_fed = None, None, 0
+        elif step.hidden_sum is not None and step.hidden_last is not None:
             last = step.hidden_last.copy()
             self._answer_sum = last if self._answer_sum is None else self._answer_sum + last
             self._answer_last = last
+            self._answer_fed += 1
         return step
 
     def _whole(self, finish: FinishReason, reused: int, timings: DecodeTimings) -> Generation:
-        split = Split("".join(self._shown), None) if self._splitter is None else self._splitter.split()
+        split = Split("".join(self._shown), None)
+        if self._splitter is not None:
+            split = self._splitter.split()
+            answer_chars = max(0, len(split.answer) - self._unshown_chars)
+            split = replace(split, answer=split.answer[:answer_chars])
         return Generation(
             text=split.answer,
             thinking=split.thinking,
@@ -340,8 +375,7 @@ class Decoding:
         mark = self._sequence.hidden_at(count) if self._request.hidden else None
         if mark is None:
             return None
-        fed = len(self._sequence.tokens) - count
-        mean = None if self._answer_sum is None else self._answer_sum / np.float32(fed)
+        mean = None if self._answer_sum is None else self._answer_sum / np.float32(self._answer_fed)
         return HiddenStates(mark.last, mark.total / np.float32(count), self._answer_last, mean)
 
 

@@ -44,7 +44,7 @@ _EXIT_WAIT_S = 10.0
 #: prompts that are fed ahead at once; of more, the oldest are forgotten
 _AHEAD_PROMPTS = 4
 #: tokens of a prompt's end that show whether its template opened a block of thinking
-_TAIL_TOKENS = 16
+_TAIL_TOKENS = 48
 
 
 @dataclass(frozen=True)

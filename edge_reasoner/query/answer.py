@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from edge_reasoner.chat.model import Usage
+from edge_reasoner.chat.model import ChatPiece, Usage
 from edge_reasoner.gate.decide import Decision
 
 Source = Literal["local-fast", "local", "cache", "cloud", "degraded"]
@@ -76,17 +76,21 @@ class Answer:
         return self.text
 
 
-class Piece(str):
-    """A piece of a streamed answer: prints as its text. `kind` says what it is; the last has `answer` set."""
+class Piece(ChatPiece):
+    """A piece of a streamed answer: prints as its text. `kind` says what it is; the last has `answer` set.
+
+    `thought` is what a reasoning model thought meanwhile, of the side that `kind` names; it is told as it
+    comes once that side's answer would be shown.
+    """
 
     kind: PieceKind
     answer: Answer | None
 
     __slots__ = ("answer", "kind")
 
-    def __new__(cls, text: str, kind: PieceKind, answer: Answer | None = None) -> Piece:
+    def __new__(cls, text: str, kind: PieceKind, answer: Answer | None = None, thought: str = "") -> Piece:
         """Makes a piece; `answer` only for kind "end"."""
-        piece = super().__new__(cls, text)
+        piece = super().__new__(cls, text, thought)
         piece.kind = kind
         piece.answer = answer
         return piece

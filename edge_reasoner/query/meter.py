@@ -23,6 +23,13 @@ class Meter:
         if self._first_token_s is None:
             self._first_token_s = self._clock()
 
+    def count(self, *, thinking: bool) -> None:
+        """A token of the local model is there; one of its thinking says that so were all before it."""
+        if thinking:
+            self.begin_anew()
+        else:
+            self.token()
+
     def begin_anew(self) -> None:
         """Somebody else answers from here on: what was made so far is not the answer."""
         self._first_token_s = None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 from edge_reasoner.chat.messages import message_text
-from edge_reasoner.chat.model import Cancellation, ChatModel, ChatRequest, ChatResult, Usage
+from edge_reasoner.chat.model import Cancellation, ChatModel, ChatRequest, ChatResult, Usage, thought_of
 from edge_reasoner.cloud.base import CloudPrice
 from edge_reasoner.engine.generate import Generation, TokenPiece
 from edge_reasoner.errors import (
@@ -34,6 +34,10 @@ Pieces = Generator[Piece, None, Answer]
 _LOCAL_FAILURES = (BackendError, OverloadedError)
 #: where nobody counted and the local tokenizer cannot: characters of a token, about
 _CHARS_PER_TOKEN = 4
+
+
+#: what is said of an answer that ended within its thinking
+NO_ANSWER = "thought and gave no answer; allow more tokens"
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,10 @@ class _Judged:
 
     def add(self, piece: TokenPiece) -> bool:
         """Whether the piece was a token of the answer (not of thinking, nor text that was held back)."""
+        if piece.thinking:
+            # so is all before it
+            for taken in (self.token_ids, self.logprobs, self.margins, self.entropies):
+                taken.clear()
         if piece.token_id is None or piece.thinking:
             return False
         self.token_ids.append(piece.token_id)
@@ -170,8 +178,6 @@ class Router:
         shown: list[str] = []
         try:
             result = yield from self._ask_cloud(way, self._cloud, shown)
-            if not result.text.strip() and result.thinking:
-                raise CloudProtocolError("its answer ended within its thinking")
         except EdgeReasonerError as error:
             # whatever it is (another tier may fail in any way): the device answers itself
             note = f"the cloud failed ({error}); answered on the device"
@@ -185,7 +191,7 @@ class Router:
             yield Piece(f"\n[{note}]\n", "degraded")
         if fallback is not None:
             way.meter.token()
-            yield Piece(fallback.text, "local")
+            yield Piece(fallback.text, "local", thought=fallback.thinking or "")
         else:
             outcome = yield from self._try_local(way, gated=False)
             fallback, decision = outcome.generation, forced("cloud", decision.reasons, outcome.decision)
@@ -199,7 +205,7 @@ class Router:
 
         A stream commits after `policy.early_tokens`; a whole answer is judged again at its end.
         """
-        judged, held, committed = _Judged(), list[str](), not gated
+        judged, held, committed = _Judged(), list[TokenPiece](), not gated
         shown = [] if shown is None else shown
         features, streaming = way.looked.features, way.looked.query.streaming
         stream = self._device.parts.model.submit_ids(way.looked.prompt_ids, way.request)
@@ -207,7 +213,7 @@ class Router:
         with stream:
             try:
                 for piece in stream:
-                    way.meter.token()
+                    way.meter.count(thinking=piece.thinking)
                     held.append(piece)
                     at_border = judged.add(piece) and len(judged.logprobs) == self.policy.early_tokens
                     if at_border and not committed:
@@ -216,36 +222,43 @@ class Router:
                             return LocalOutcome(None, early, hand_over=True)
                         committed = streaming
                     if committed:
-                        text, held = "".join(held), []
-                        if text:
-                            shown.append(text)
-                            yield Piece(text, "local")
+                        ready, held = _joined(held), []
+                        if ready or ready.thought:
+                            shown.append(ready)
+                            yield ready
                 generation = stream.result()
             finally:
                 way.meter.local(stream.queue_s, stream.busy_s)
         decision = decide_after(judged.stats(generation.finish_reason), features, self.policy)
+        if only_thought(generation):
+            decision = forced("cloud", (NO_ANSWER,), decision)
         doubted = gated and decision.route == "cloud" and not way.cancellation.wanted
         if doubted and not committed:
             return LocalOutcome(generation, decision, hand_over=True)
-        if text := "".join(held):
-            yield Piece(text, "local")
+        ready = _joined(held)
+        if ready or ready.thought:
+            yield ready
         if doubted:
             # shown already, and never retracted: the answer stays local, with its low confidence in the open
             decision = forced("local", ("the answer was shown before its end was judged",), decision)
         return LocalOutcome(generation, decision, hand_over=False)
 
     def _ask_cloud(self, way: _Way, cloud: ChatModel, shown: list[str]) -> Generator[Piece, None, ChatResult]:
-        """Passes on the cloud's pieces, and keeps them in `shown`."""
+        """Passes on the cloud's pieces, and keeps their text in `shown`. Thinking alone is a failure."""
         way.meter.begin_anew()
         stream = cloud.submit(ChatRequest(way.request.messages, params=way.request.params))
         way.cancellation.follow(stream)
         try:
-            for text in stream:
-                if text:
+            for piece in stream:
+                if piece:
                     way.meter.token()
-                    shown.append(text)
-                    yield Piece(text, "cloud")
-            return stream.result()
+                    shown.append(piece)
+                if piece or thought_of(piece):
+                    yield Piece(piece, "cloud", thought=thought_of(piece))
+            result = stream.result()
+            if only_thought(result):
+                raise CloudProtocolError(f"the cloud {NO_ANSWER}")
+            return result
         finally:
             stream.close()
 
@@ -260,6 +273,8 @@ class Router:
         """`spent`: tokens of a cloud that broke off."""
         generation = outcome.generation
         assert generation is not None, "only a hand-over ends without a generation"
+        if only_thought(generation):
+            note = "; ".join(filter(None, (note, f"the model {NO_ANSWER}")))
         return Answer(
             text=generation.text,
             thinking=generation.thinking,
@@ -314,3 +329,12 @@ class Router:
         if busy_s == 0 and opened is None:
             return 0.0  # the device's model was not even opened
         return None if power_w is None else power_w * busy_s
+
+
+def only_thought(result: ChatResult) -> bool:
+    """Whether an answer ended within its thinking, and not because its reader wanted that."""
+    return bool(result.thinking) and not result.text.strip() and result.finish_reason != "cancelled"
+
+
+def _joined(pieces: list[TokenPiece]) -> Piece:
+    return Piece("".join(pieces), "local", thought="".join(piece.thought for piece in pieces))

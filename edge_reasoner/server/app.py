@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from edge_reasoner.chat.model import ChatModel, ChatRequest, ChatResult
+from edge_reasoner.chat.model import ChatModel, ChatRequest, ChatResult, thought_of
 from edge_reasoner.errors import EdgeReasonerError, InputError, OverloadedError
 from edge_reasoner.server.protocol import (
     MAX_REQUEST_BYTES,
@@ -193,8 +193,7 @@ async def _whole(request: Request, results: Results, reply: Reply, logprobs: boo
         raise RequestError(500, "the generation ended without a result", "server_error")
 
     pieces, done = await _unless_gone(request, collect(), results)
-    finish = finish_reason_body(done.finish_reason)
-    return JSONResponse(reply.whole(done.text, finish, done.usage, pieces if logprobs else None))
+    return JSONResponse(reply.whole(done, pieces if logprobs else None))
 
 
 async def _unless_gone(request: Request, work: Awaitable[Outcome], results: Results) -> Outcome:
@@ -228,7 +227,8 @@ async def _events(
         try:
             item = first
             while isinstance(item, str):
-                yield _event(reply.chunk(str(item), tokens=[item] if logprobs else None))
+                tokens = [item] if logprobs else None
+                yield _event(reply.chunk(str(item), tokens=tokens, thought=thought_of(item)))
                 item = await anext(results)
             yield _event(reply.chunk(None, finish_reason_body(item.finish_reason)))
             if usage:

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from edge_reasoner.chat.model import Usage
+from edge_reasoner.chat.messages import THINKING_FIELDS
+from edge_reasoner.chat.model import ChatResult, Usage
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.engine.generate import TokenPiece
 from edge_reasoner.errors import InputError
@@ -17,6 +18,7 @@ from edge_reasoner.errors import InputError
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 DEFAULT_MAX_TOKENS = 512
 _MAX_MESSAGES = 2000
+_THINKING = THINKING_FIELDS[0]
 
 Body = TypeVar("Body", bound="_Body")
 _Zero = Annotated[float, Meta(ge=0, le=0)]
@@ -47,12 +49,14 @@ class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RequestMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One message."""
+    """One message. What was thought before an earlier answer is for templates that ask for it."""
 
     role: _Role
     content: str | list[TextPart] | None = None
     name: str | None = None
     refusal: None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -123,7 +127,10 @@ class ChatBody(_Body, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 raise RequestError(400, f"message of role {message.role!r}: content is missing")
             text = content if isinstance(content, str) else "".join(part.text for part in content)
             # the chat templates of small models know no developer role
-            messages.append({"role": message.role.replace("developer", "system"), "content": text})
+            plain = {"role": message.role.replace("developer", "system"), "content": text}
+            if thinking := message.reasoning_content or message.reasoning:
+                plain[_THINKING] = thinking
+            messages.append(plain)
         return messages
 
 
@@ -155,12 +162,18 @@ class Reply:
     chat: bool
 
     def chunk(
-        self, text: str | None, finish_reason: str | None = None, tokens: list[str] | None = None
+        self,
+        text: str | None,
+        finish_reason: str | None = None,
+        tokens: list[str] | None = None,
+        thought: str = "",
     ) -> dict[str, Any]:
-        """One streamed event."""
+        """One streamed event. Thinking has a field of its own, as DeepSeek, llama.cpp and vLLM have it."""
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason}
         if self.chat:
             choice["delta"] = {} if text is None else {"content": text}
+            if thought:
+                choice["delta"] = {_THINKING: thought} | ({"content": text} if text else {})
             choice["logprobs"] = None if tokens is None else _logprobs(tokens)
         else:
             choice["text"] = text or ""
@@ -176,13 +189,13 @@ class Reply:
         """The last event, where it was asked for."""
         return {**self._head(streamed=True), "choices": [], "usage": usage_body(usage)}
 
-    def whole(
-        self, text: str, finish_reason: str, usage: Usage | None, tokens: list[str] | None
-    ) -> dict[str, Any]:
+    def whole(self, done: ChatResult, tokens: list[str] | None) -> dict[str, Any]:
         """The reply of a request that does not stream."""
+        text, usage, finish_reason = done.text, done.usage, finish_reason_body(done.finish_reason)
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason}
         if self.chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            thinking = {_THINKING: done.thinking} if done.thinking else {}
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None, **thinking}
             choice["logprobs"] = None if tokens is None else _logprobs(tokens)
         else:
             choice |= {"text": text, "logprobs": None}
@@ -211,7 +224,7 @@ def finish_reason_body(reason: str) -> str:
 
 
 def _logprobs(pieces: list[str]) -> dict[str, Any]:
-    """Of pieces that are tokens: another tier's pieces are text only."""
+    """Of pieces that are tokens of the answer: another tier's pieces are text only."""
     content = [
         {
             "token": str(piece),
@@ -220,6 +233,6 @@ def _logprobs(pieces: list[str]) -> dict[str, Any]:
             "top_logprobs": [],
         }
         for piece in pieces
-        if isinstance(piece, TokenPiece) and piece.token_id is not None
+        if isinstance(piece, TokenPiece) and piece.token_id is not None and not piece.thinking
     ]
     return {"content": content, "refusal": None}

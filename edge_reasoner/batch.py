@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from edge_reasoner.chat.params import SamplingParams
-from edge_reasoner.errors import InputError
+from edge_reasoner.errors import InputError, NoAnswerError
 from edge_reasoner.files import read_rows, write_atomically
 from edge_reasoner.reasoner import Reasoner
 
@@ -85,9 +85,10 @@ def run_batch(
 ) -> BatchReport:
     """Answers the rows that `OUT.partial` does not hold yet, then writes `out` in the rows' order.
 
-    A prompt that cannot be answered (too long for the context, say) becomes a row with `error`. Raises
-    CloudError and BackendError: what is finished stays in the partial file. `advance` gets the number of rows
-    done. Raises InputError when the files cannot be written or belong to another run.
+    A prompt that cannot be answered (too long for the context, say, or the cloud thought and gave no answer)
+    becomes a row with `error`. Raises CloudError and BackendError: what is finished stays in the partial
+    file. `advance` gets the number of rows done. Raises InputError when the files cannot be written or belong
+    to another run.
     """
     partial = out.with_name(f"{out.name}.partial")
     try:
@@ -109,7 +110,7 @@ def run_batch(
 def _answer(reasoner: Reasoner, row: BatchRow, params: SamplingParams) -> dict[str, Any]:
     try:
         return {"id": row.id, **reasoner.ask(row.prompt, params=params).to_dict()}
-    except InputError as error:
+    except (InputError, NoAnswerError) as error:
         return {"id": row.id, "error": f"line {row.line}: {error}"}
 
 

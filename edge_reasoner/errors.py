@@ -13,6 +13,7 @@
     ├── CloudError                    4  the cloud endpoint was needed and did not serve
     │   ├── CloudUnavailableError     4  unreachable, timed out, reset, or asked us to back off for too long
     │   └── CloudProtocolError        4  it answered, but not in the agreed protocol
+    │       └── NoAnswerError         4  it thought, and did not come to an answer
     ├── OverloadedError               1  too many requests wait already: ask again later
     └── BackendError                  1  the inference library failed on a graph that passed every check
 
@@ -111,6 +112,10 @@ class CloudUnavailableError(CloudError):
 
 class CloudProtocolError(CloudError):
     """The endpoint answered, but not in the agreed protocol."""
+
+
+class NoAnswerError(CloudProtocolError):
+    """The endpoint's model thought, and its tokens were over before an answer came."""
 
 
 class OverloadedError(EdgeReasonerError):

@@ -23,7 +23,7 @@ from edge_reasoner.bench.questions import Question, is_correct, lettered_prompt
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.contract.bundle.manifest import DecoderSpec
 from edge_reasoner.contract.bundle.open import Bundle
-from edge_reasoner.errors import BackendError, BundleError, ContextOverflowError, InputError
+from edge_reasoner.errors import BackendError, BundleError, ContextOverflowError, InputError, NoAnswerError
 from edge_reasoner.query.answer import Answer
 from edge_reasoner.query.assemble import DEFAULT_CONTEXT_TOKENS, Machine, open_tokenizer
 from edge_reasoner.reasoner import Reasoner
@@ -122,7 +122,10 @@ def score_choices(
 def ask_questions(
     reasoner: Reasoner, questions: Sequence[Question], params: SamplingParams, advance: Advance
 ) -> list[Result]:
-    """Results of generated answers, each from wherever the reasoner's mode sends it. Raises as `ask` does."""
+    """Results of generated answers, each from wherever the reasoner's mode sends it. Raises as `ask` does.
+
+    What a model thinks is not judged; one that thinks and gives no answer is wrong.
+    """
     results = []
     for question in questions:
         prompt = lettered_prompt(question) if question.choices else question.text
@@ -130,6 +133,11 @@ def ask_questions(
             answer: Answer = reasoner.ask(prompt, params=params)
         except InputError as error:
             raise type(error)(f"line {question.line}: {error}") from error
+        except NoAnswerError:
+            # what it cost is not known
+            results.append(Result(question.metric, "cloud", correct=False, usd=None))
+            advance()
+            continue
         correct = is_correct(question, answer.text)
         results.append(Result(question.metric, answer.source, correct, None, answer.cost.usd))
         advance()

@@ -62,7 +62,9 @@ def lettered_prompt(question: Question) -> str:
 
 
 def is_correct(question: Question, answer: str) -> bool:
-    """Whether a generated text answers the question."""
+    """Whether a generated text, without its thinking, answers the question. An empty one never does."""
+    if not answer.strip():
+        return False
     if question.metric == "choice":
         return _chosen(answer, question.choices) == question.gold
     if question.metric == "number":

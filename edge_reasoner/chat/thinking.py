@@ -318,9 +318,10 @@ class ThinkingSplitter:
             self._after = None
             return found.end()
         if marker in _CLOSES and not quoted and self._opened_in_text == 0:
-            if len(data) < found.end() + 2 and not self._ended:
+            is_word = self._quoting.is_word(data[found.end() : found.end() + 2])
+            if is_word is None and not self._ended:
                 return self._hold(data, found.start())
-            if not self._quoting.says(data[found.end() : found.end() + 2]):
+            if not is_word:
                 thought = _BETWEEN_PATTERN.sub("\n", "".join(self._answer))
                 self._end_block(thought, _CLOSES[marker])
                 return found.end()
@@ -406,9 +407,14 @@ class _Quoting:
     def quoted(self) -> bool:
         return self._fenced or self._ticks % 2 == 1 or self._last in _QUOTES
 
-    def says(self, after: str) -> bool:
-        """Whether a marker here, before `after`, is a word of a sentence."""
-        return bool(_WORD_BEFORE.fullmatch(self._tail)) and after[:1] == " " and after[1:].islower()
+    def is_word(self, after: str) -> bool | None:
+        """Whether a marker here, before `after` (two characters), is a word of a sentence; None: more of the
+        text must tell."""
+        if not _WORD_BEFORE.fullmatch(self._tail):
+            return False
+        if after in ("", " "):
+            return None
+        return after[0] == " " and after[1:].islower()
 
     def add(self, text: str) -> None:
         self._tail = (self._tail + text[-2:])[-2:]

@@ -12,7 +12,7 @@ from edge_reasoner.cloud.faults import fix_surrogates
 from edge_reasoner.cloud.parts import Part
 from edge_reasoner.cloud.redact import PieceRedactor, Redactor
 from edge_reasoner.engine.stopping import StopMatcher
-from edge_reasoner.errors import CloudProtocolError, one_line
+from edge_reasoner.errors import CloudProtocolError, NoAnswerError, one_line
 
 
 def only_thought(finish_reason: str) -> str:
@@ -80,25 +80,25 @@ class AnswerUnderWay:
         self.complete = True
         return ChatPiece(self._shown(self._flush()), self._flush_thought())
 
-    def _flaw(self) -> str | None:
+    def _flaw(self) -> CloudProtocolError | None:
         """Why a complete reply is no answer, or None."""
         if self._has_words:
             return None
         if self._refused or self._finish == "content_filter":
-            return "the answer was withheld (content_filter)"
+            return CloudProtocolError("the answer was withheld (content_filter)")
         if self._called_tools:
-            return "called tools instead of answering; none were offered"
+            return CloudProtocolError("called tools instead of answering; none were offered")
         if self._thinking:
-            return only_thought(self._finish or "stop")
+            return NoAnswerError(only_thought(self._finish or "stop"))
         if self.remark:
-            return f"the answer is empty: {one_line(self.remark)}"
-        return "the answer is empty"
+            return CloudProtocolError(f"the answer is empty: {one_line(self.remark)}")
+        return CloudProtocolError("the answer is empty")
 
     def result(self, asked_model: str) -> CloudResult:
         """How it ended, without the text. Raises CloudProtocolError if a complete reply is no answer."""
         flaw = self._flaw()
         if flaw is not None:
-            raise CloudProtocolError(flaw)
+            raise flaw
         finish = "refusal" if self._refused else self._finish or "stop"
         self._flush_thought()
         thinking = "".join(self._thinking)

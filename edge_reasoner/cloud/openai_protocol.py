@@ -20,7 +20,14 @@ from edge_reasoner.cloud.redact import scrubbed, shown_url
 from edge_reasoner.cloud.replies import read_answer
 from edge_reasoner.cloud.retry import RetryError, is_passing, retry_after_s
 from edge_reasoner.cloud.transport import Reply, Transport
-from edge_reasoner.errors import CloudError, CloudProtocolError, CloudUnavailableError, InputError, one_line
+from edge_reasoner.errors import (
+    CloudError,
+    CloudProtocolError,
+    CloudUnavailableError,
+    InputError,
+    NoAnswerError,
+    one_line,
+)
 
 _MAX_MODEL_LIST_BYTES = 16 * 1024 * 1024
 _MAX_FAULT_BYTES = 64 * 1024
@@ -124,10 +131,10 @@ class OpenAIModel:
 
     def _split(self, result: CloudResult, split: Split) -> CloudResult:
         """The result with its thinking, from markers in the text and from fields beside it, apart from its
-        answer. Raises CloudProtocolError where that is all there is."""
+        answer. Raises NoAnswerError where that is all there is."""
         thoughts = "\n\n".join(filter(None, (result.thinking, split.thinking)))
         if thoughts and not split.answer.strip() and result.finish_reason != "cancelled":
-            raise CloudProtocolError(f"{self._url}: {only_thought(result.finish_reason)}")
+            raise NoAnswerError(f"{self._url}: {only_thought(result.finish_reason)}")
         return replace(result, text=split.answer, thinking=thoughts or None)
 
     def _late(self, answer: AnswerUnderWay) -> CloudResult:
@@ -182,7 +189,7 @@ class OpenAIModel:
         try:
             return answer.result(self.name)
         except CloudProtocolError as error:
-            raise CloudProtocolError(f"{self._url}: {error}") from error
+            raise type(error)(f"{self._url}: {error}") from error
 
     def _refusal(self, reply: Reply) -> Exception:
         """The exception for a reply that is no answer."""

@@ -15,10 +15,10 @@ from edge_reasoner.cloud.base import CloudPrice
 from edge_reasoner.engine.generate import Generation, TokenPiece
 from edge_reasoner.errors import (
     BackendError,
-    CloudProtocolError,
     ContextOverflowError,
     EdgeReasonerError,
     InputError,
+    NoAnswerError,
     OverloadedError,
 )
 from edge_reasoner.gate.decide import AnswerStats, Decision, decide_after, forced
@@ -257,7 +257,7 @@ class Router:
                     yield Piece(piece, "cloud", thought=thought_of(piece))
             result = stream.result()
             if only_thought(result):
-                raise CloudProtocolError(f"the cloud {NO_ANSWER}")
+                raise NoAnswerError(f"the cloud {NO_ANSWER}")
             return result
         finally:
             stream.close()

@@ -228,3 +228,36 @@ def test_thinking_is_told_apart() -> None:
     unclosed = SamplingParams(max_tokens=len(_tokenizer().encode("<think>wh")))
     done = engine.submit(PROMPT, unclosed, chat=True).result()
     assert done.text == "" and done.thinking
+
+
+def test_thinking_comes_with_the_pieces() -> None:
+    """What is thought is told beside the text; stop strings are looked for in the answer alone."""
+    engine = _engine("<think>the fox jumps</think>\n\nthe quick brown fox jumps over")
+    pieces, done = _drain(engine.submit(PROMPT, SamplingParams(stop=("fox",)), chat=True))
+    assert "".join(piece.thought for piece in pieces) == done.thinking == "the fox jumps"
+    assert "".join(pieces) == done.text == "the quick brown " and done.finish_reason == "stop"
+    assert not any(piece.thought for piece in _engine("the fox").submit(PROMPT, SamplingParams(), chat=True))
+
+
+@pytest.mark.parametrize("said", ["<think>why</think>\n\nso it is", "why not</think>so it is", "so it is"])
+def test_hidden_states_are_of_the_answer(said: str) -> None:
+    """Means leave out all tokens of the thinking and of its markers, which take several; raw texts are whole."""
+    stream = _engine(said).submit(PROMPT, SamplingParams(), hidden=True, chat=True)
+    pieces, done = _drain(stream)
+    thought = [index for index, piece in enumerate(pieces) if piece.thinking]
+    ids = [piece.token_id for piece in pieces[max(thought, default=-1) + 1 :] if piece.token_id is not None]
+    assert done.text == _tokenizer().decode(ids) == "so it is"
+    # the fake decoder's hidden states are [token id, 1]
+    assert done.hidden.answer_mean == pytest.approx([np.mean(ids), 1])
+    assert done.hidden.answer_last.tolist() == [ids[-1], 1]
+    assert done.hidden.prompt_mean == pytest.approx([np.mean(PROMPT), 1])
+    raw = _engine(said).submit(PROMPT, SamplingParams(), hidden=True).result()
+    assert raw.hidden.answer_mean == pytest.approx([np.mean(_tokenizer().encode(said)), 1])
+
+
+@pytest.mark.parametrize("said", ["<think>why</think>", "<think>why", "why</think>\n\n"])
+def test_thinking_alone_has_no_hidden_states(said: str) -> None:
+    """Where no token is outside the thinking there is no answer to take the mean of."""
+    done = _engine(said).submit(PROMPT, SamplingParams(), hidden=True, chat=True).result()
+    assert done.text == "" and done.thinking == "why"
+    assert done.hidden.answer_mean is None and done.hidden.answer_last is None

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.answering_bundle import reference_log_likelihood, tokenizer, write_answering_bundle
+from support.hostile_cloud import HEAD, event, scripted_cloud
+from support.local_models import scripted_model
 
 from edge_reasoner.backends.fake import FakeDecoder
-from edge_reasoner.bench.eval import ChoiceScorer, Result, score_choices, summarize
+from edge_reasoner.bench.eval import ChoiceScorer, Result, ask_questions, score_choices, summarize
 from edge_reasoner.bench.questions import Question
+from edge_reasoner.chat.params import SamplingParams
+from edge_reasoner.cloud import connect
+from edge_reasoner.cloud.base import CloudOptions
 from edge_reasoner.contract.bundle.open import open_bundle
 from edge_reasoner.errors import ContextOverflowError, InputError
+from edge_reasoner.preprocess.preprocessor import Preprocessor
 from edge_reasoner.query.assemble import Machine
+from edge_reasoner.reasoner import Reasoner
 
 CHOICES = ("a dog", "a doge runs far", "cat", "x")
 BOS = 1
@@ -89,6 +97,58 @@ def test_what_cannot_be_scored() -> None:
         scorer.score("", ["a", "b"])
     with pytest.raises(ContextOverflowError, match="16"):
         scorer.score("q" * 20, ["a", "b"])
+
+
+_GENERATED = {
+    # asked → (what the model writes, row, right)
+    "colour": (
+        "<think>\nA is a number. C is a verb.\n</think>\n\nB",
+        Question(1, "Which is a colour?", "", "choice", ("seven", "red", "run"), 1),
+        True,
+    ),
+    "France": (
+        "Easy.\n</think>\n\nParis",
+        Question(2, "Capital of France?", "", "exact", expected="Paris"),
+        True,
+    ),
+    "cat": (
+        "<think>A spider has 8, a cat 4",
+        Question(3, "How many legs has a cat?", "", "number", expected="4"),
+        False,
+    ),
+    "dog": (
+        "<think>A cat has 4.</think>Here it is 3.",
+        Question(4, "How many legs has a dog?", "", "number", expected="4"),
+        False,
+    ),
+}
+
+
+def _reply_of(text: str) -> bytes:
+    return HEAD + event(text) + event(None, "stop") + b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("mode", ["local", "cloud"])
+def test_the_answer_after_the_thinking_is_judged(mode: str) -> None:
+    """Of what a model generates the text without its thinking; one that never closes is no answer."""
+
+    texts = {key: text for key, (text, _, _) in _GENERATED.items()}
+
+    def reply(head: bytes, body: bytes) -> bytes:
+        return _reply_of(next(text for key, text in texts.items() if key.encode() in body))
+
+    preprocessor = Preprocessor(None, None, clock=time.perf_counter)
+    questions = [question for _, question, _ in _GENERATED.values()]
+    with (
+        scripted_cloud(reply) as server,
+        Reasoner(
+            scripted_model(texts), preprocessor, connect(CloudOptions(server.url, model="m")), mode=mode
+        ) as reasoner,
+    ):
+        steps: list[int] = []
+        results = ask_questions(reasoner, questions, SamplingParams(max_tokens=99), lambda: steps.append(1))
+    assert [result.correct for result in results] == [right for _, _, right in _GENERATED.values()]
+    assert len(steps) == len(questions) and {result.source for result in results} == {mode}
 
 
 def test_summary() -> None:

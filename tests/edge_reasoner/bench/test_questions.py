@@ -127,6 +127,12 @@ def test_letters(answer: str, right: bool) -> None:
     assert is_correct(Question(1, "q", "q", "choice", ("one", "two"), gold=1), answer) is right
 
 
+def test_no_answer_is_never_right() -> None:
+    """Not even where nothing but punctuation was expected."""
+    assert not is_correct(Question(1, "q", "q", "exact", expected="?"), "")
+    assert is_correct(Question(1, "q", "q", "exact", expected="?"), "?")
+
+
 def test_open_answers() -> None:
     """By the last number, or as a whole but for case, spaces and outer punctuation."""
     number = Question(1, "q", "q", "number", expected="72")

@@ -6,6 +6,7 @@ import json
 import signal
 
 import pytest
+from support.hostile_cloud import HEAD, event, hostile_cloud, send
 
 from edge_reasoner import Reasoner
 
@@ -137,6 +138,49 @@ def test_chat_remembers(run, answering_bundle, cache_dir) -> None:
         expected = ["".join(session.stream(line, max_tokens=5)) for line in ("one", "two")]
     assert ran.status == 0 and ran.out == "".join(f"{text}\n" for text in expected)
     assert ran.err.count("[local") == 2
+
+
+#: a whole reply of an endpoint whose model thinks
+_THINKS = HEAD + b"".join(
+    (
+        event("so\x1b[2J ").replace(b'"content"', b'"reasoning_content"'),
+        event("it is").replace(b'"content"', b'"reasoning_content"'),
+        event("42"),
+        event(None, "stop"),
+        b"data: [DONE]\n\n",
+    )
+)
+
+
+@pytest.mark.parametrize("command", ["ask", "chat"])
+def test_thinking_is_shown_on_request(run, answering_bundle, command) -> None:
+    """On standard error before the line about the answer, made printable; never on standard output."""
+    with hostile_cloud(send(_THINKS)) as server:
+        options = ("--mode", "cloud", "--cloud", server.url, "--cloud-model", "m")
+        asked = (command, answering_bundle, *(["hi"] if command == "ask" else []), *options)
+        shown = run(*asked, "--show-thinking", stdin=b"hi\n")
+        hidden = run(*asked, stdin=b"hi\n")
+    assert shown.out == hidden.out == "42\n"
+    assert shown.err.startswith("so\ufffd[2J it is\n[cloud · ") and hidden.err.startswith("[cloud · ")
+
+
+def test_json_has_the_thinking(run, answering_bundle) -> None:
+    """With or without --show-thinking, and nothing beside the object."""
+    with hostile_cloud(send(_THINKS)) as server:
+        options = ("--mode", "cloud", "--cloud", server.url, "--cloud-model", "m", "--json")
+        for more in ((), ("--show-thinking",)):
+            ran = run("ask", answering_bundle, "hi", *options, *more)
+            assert (json.loads(ran.out)["thinking"], ran.err) == ("so\x1b[2J it is", "")
+    assert json.loads(run("ask", answering_bundle, "hi", "--max-tokens", 2, "--json").out)["thinking"] is None
+
+
+def test_thinking_alone_is_an_error_of_the_cloud(run, answering_bundle) -> None:
+    """Status 4 and a line that says what helps."""
+    only = HEAD + event("<think>hm") + event(None, "length") + b"data: [DONE]\n\n"
+    with hostile_cloud(send(only)) as server:
+        options = ("--mode", "cloud", "--cloud", server.url, "--cloud-model", "m")
+        line = run("ask", answering_bundle, "hi", *options).fails_in_one_line(4)
+    assert "gave no answer" in line and "more tokens" in line
 
 
 def test_chat_ends(run, answering_bundle) -> None:

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from support.hostile_cloud import GOOD, HostileCloud
+from support.hostile_cloud import GOOD, HEAD, HostileCloud, event, send
 
 KEYS = {
     "text", "thinking", "source", "model", "confidence", "decision", "usage", "timings", "cost",
@@ -150,3 +150,20 @@ def test_the_questions_are_never_overwritten(run, answering_bundle, tmp_path) ->
         ran = run("batch", answering_bundle, source, target, "--max-tokens", 2)
         assert ran.status == 2 and "IN.jsonl itself" in ran.err
     assert _read(source) == [{"prompt": "one"}]
+
+
+def test_a_cloud_that_only_thinks_costs_its_row(run, answering_bundle, tmp_path) -> None:
+    """The others are answered; the row says what was wrong, and the status is 2."""
+    source, out = (
+        _write(tmp_path / "in.jsonl", [{"prompt": "one"}, {"prompt": "two"}]),
+        tmp_path / "out.jsonl",
+    )
+    only = HEAD + event("<think>hm") + event(None, "length") + b"data: [DONE]\n\n"
+    server = HostileCloud(send(only), send(GOOD))
+    try:
+        options = ("--mode", "cloud", "--cloud", server.url, "--cloud-model", "m")
+        ran = run("batch", answering_bundle, source, out, *options)
+    finally:
+        server.close()
+    first, second = _read(out)
+    assert ran.status == 2 and "gave no answer" in first["error"] and second["text"] == "Hello"

@@ -75,6 +75,22 @@ def test_answer_of_a_hostile_cloud(terminal, evil_cloud, answering_bundle) -> No
     assert "[red]markup[/red]" in text and ":skull:" in text and text.count("\ufffd") >= 10
 
 
+def test_thinking_of_a_hostile_cloud(terminal, answering_bundle) -> None:
+    """What is thought is dimmed, and as harmless as an answer."""
+    pieces = [event(char).replace(b'"content"', b'"reasoning_content"') for char in EVIL]
+    server = HostileCloud(
+        send(b"".join((HEAD, *pieces, event("fine"), event(finish="stop"), b"data: [DONE]\n\n")))
+    )
+    try:
+        options = ("--mode", "cloud", "--cloud", server.url, "--cloud-model", "m", "--show-thinking")
+        shown = terminal("ask", answering_bundle, "hi", *options)
+    finally:
+        server.close()
+    assert "\x1b[2m" in shown
+    text = _harmless(shown)
+    assert "[red]markup[/red]" in text and text.count("\ufffd") >= 10 and "\nfine\n" in text
+
+
 def test_json_keeps_every_character(run, evil_cloud, answering_bundle) -> None:
     """--json is lossless: the characters are escaped, not replaced."""
     options = ("--mode", "cloud", "--cloud", evil_cloud.url, "--cloud-model", "m", "--json")

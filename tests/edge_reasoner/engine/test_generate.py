@@ -241,7 +241,7 @@ def test_thinking_comes_with_the_pieces() -> None:
 
 @pytest.mark.parametrize("said", ["<think>why</think>\n\nso it is", "why not</think>so it is", "so it is"])
 def test_hidden_states_are_of_the_answer(said: str) -> None:
-    """Means leave out all tokens of the thinking and of its markers, which take several; raw texts are whole."""
+    """Thinking and its markers, which take several tokens, are left out of the means; raw texts are whole."""
     stream = _engine(said).submit(PROMPT, SamplingParams(), hidden=True, chat=True)
     pieces, done = _drain(stream)
     thought = [index for index, piece in enumerate(pieces) if piece.thinking]

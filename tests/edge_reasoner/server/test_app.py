@@ -20,7 +20,12 @@ from edge_reasoner.errors import BackendError, CloudError, InputError
 from edge_reasoner.server.protocol import MAX_REQUEST_BYTES
 from edge_reasoner.server.reference import ReferenceModel, serve, serving
 
-ANSWERS = {"capital": "Paris is größer 你好 😀.", "longer": "the quick brown fox jumps " * 6}
+ANSWERS = {
+    "capital": "Paris is größer 你好 😀.",
+    "longer": "the quick brown fox jumps " * 6,
+    "riddle": "<think>\nthe fox rests\n</think>\n\nthe dog",
+    "endless": "<think>the fox " + "jumps " * 9,
+}
 ASK = [{"role": "user", "content": "What is the capital?"}]
 BODY = {"model": "tiny", "messages": ASK, "temperature": 0}
 
@@ -96,6 +101,33 @@ def test_chat_stream(client: openai.OpenAI) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == ANSWERS["capital"]
     assert chunks[-2].choices[0].finish_reason == "stop" and chunks[-1].usage.completion_tokens > 3
+
+
+def test_thinking_has_a_field_of_its_own(client: openai.OpenAI) -> None:
+    """`reasoning_content`, whole and streamed; never in the content or its log-probabilities; and a client
+    may send the message back as it is."""
+    ask = [{"role": "user", "content": "a riddle"}]
+    reply = client.chat.completions.create(model="tiny", messages=ask, temperature=0, logprobs=True)
+    message = reply.choices[0].message
+    assert (message.content, message.reasoning_content) == ("the dog", "the fox rests")
+    assert "".join(t.token for t in reply.choices[0].logprobs.content) == "the dog"
+    chunks = list(client.chat.completions.create(model="tiny", messages=ask, temperature=0, stream=True))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert "".join(delta.content or "" for delta in deltas) == "the dog"
+    told = [getattr(delta, "reasoning_content", None) or "" for delta in deltas]
+    assert "".join(told) == "the fox rests" and sum(map(bool, told)) > 2
+    again = [*ask, message.model_dump(exclude_none=True), {"role": "user", "content": "the capital?"}]
+    reply = client.chat.completions.create(model="tiny", messages=again, temperature=0)
+    assert reply.choices[0].message.content == ANSWERS["capital"]
+    assert "reasoning_content" not in reply.choices[0].message.model_dump()
+
+
+def test_thinking_without_end(client: openai.OpenAI) -> None:
+    """A block that never closes leaves the content empty."""
+    ask = [{"role": "user", "content": "endless"}]
+    reply = client.chat.completions.create(model="tiny", messages=ask, temperature=0, max_tokens=12)
+    assert reply.choices[0].message.content == "" and reply.choices[0].finish_reason == "length"
+    assert reply.choices[0].message.reasoning_content.startswith("the fox")
 
 
 def test_stop_length_and_parts(client: openai.OpenAI) -> None:

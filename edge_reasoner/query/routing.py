@@ -290,7 +290,7 @@ class Router:
         )
 
     def _cloud_answer(self, way: _Way, result: ChatResult, decision: Decision) -> Answer:
-        usage = result.usage or self._counted(way, result.text)
+        usage = result.usage or self._counted(way, (result.thinking or "") + result.text)
         return Answer(
             text=result.text,
             thinking=result.thinking,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -44,6 +44,7 @@ TokenIds = Annotated[tuple[Count, ...], Meta(max_length=1024)]
 
 ComponentKind = Literal["reasoner", "preprocessor", "draft", "gate"]
 Json = Any
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -321,14 +322,19 @@ def parse_manifest(data: bytes) -> Manifest:
     return manifest.validate()
 
 
-def parse_golden(data: bytes, where: str) -> GoldenSet:
-    """Strictly parses golden vectors. Raises BundleError."""
-    if len(data) > MAX_GOLDEN_BYTES:
-        raise BundleError(f"{where}: {len(data)} bytes; at most {MAX_GOLDEN_BYTES} are allowed")
+def parse_strictly(data: bytes, kind: type[T], where: str, limit_bytes: int) -> T:
+    """One record from JSON of at most `limit_bytes`. Raises BundleError naming `where` and the field."""
+    if len(data) > limit_bytes:
+        raise BundleError(f"{where}: {len(data)} bytes; at most {limit_bytes} are allowed")
     try:
-        golden = msgspec.json.decode(data, type=GoldenSet)
+        return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{where}: {error}") from error
+
+
+def parse_golden(data: bytes, where: str) -> GoldenSet:
+    """Strictly parses golden vectors. Raises BundleError."""
+    golden = parse_strictly(data, GoldenSet, where, MAX_GOLDEN_BYTES)
     for vector in golden.decoder:
         if vector.prefill_tokens > len(vector.token_ids):
             raise BundleError(f"{where}: prefill_tokens exceeds the length of token_ids")

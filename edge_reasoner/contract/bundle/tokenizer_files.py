@@ -16,6 +16,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from edge_reasoner.contract.bundle.manifest import parse_strictly
 from edge_reasoner.errors import BundleError, InputError, one_line
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -52,12 +53,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
 def parse_tokenizer_config(data: bytes, where: str) -> TokenizerConfig:
     """Strictly parses `tokenizer_config.json`. Raises BundleError naming the field."""
-    if len(data) > MAX_TOKENIZER_CONFIG_BYTES:
-        raise BundleError(f"{where}: {len(data)} bytes; at most {MAX_TOKENIZER_CONFIG_BYTES} are allowed")
-    try:
-        config = msgspec.json.decode(data, type=TokenizerConfig)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{where}: {error}") from error
+    config = parse_strictly(data, TokenizerConfig, where, MAX_TOKENIZER_CONFIG_BYTES)
     if config.add_bos and config.bos_token is None:
         raise BundleError(f"{where}: add_bos is true but bos_token is not set")
     return config

@@ -19,7 +19,7 @@ from typing import Any, Final
 from edge_export.model.config import EncoderConfig
 from edge_export.model.encoder import encoder_parameter_count, encoder_tensor_shapes
 from edge_export.plan.recipes import RECIPES, Recipe, encoder_int4, smallest_int8
-from edge_export.plan.target import Target, choose_target
+from edge_export.plan.target import BoardPlan, Target, choose_target
 from edge_export.quantize.formats import BlockFormat, FloatType, MatrixFormat, format_label, stored_bytes
 from edge_reasoner.contract.profile import DeviceProfile
 from edge_reasoner.errors import TargetError
@@ -83,14 +83,9 @@ class EncoderWeight:
 
 
 @dataclass(frozen=True)
-class EncoderPlan:
+class EncoderPlan(BoardPlan):
     """Everything that the later stages need to know about an encoder's precision."""
 
-    recipe: str
-    profile: str
-    processor: str
-    execution_provider: str
-    opset: int
     #: in the order of use
     weights: tuple[EncoderWeight, ...]
     #: estimated 1 − cosine of rounded weights, on average; None where it was not measured
@@ -123,11 +118,7 @@ class EncoderPlan:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, as printed by --dry-run and kept in the manifest."""
         return {
-            "recipe": self.recipe,
-            "profile": self.profile,
-            "processor": self.processor,
-            "execution_provider": self.execution_provider,
-            "opset": self.opset,
+            **super().to_dict(),
             "weight_bytes": self.weight_bytes,
             "estimated_loss": None if self.loss is None else float(f"{self.loss:.4g}"),
             "calibration_sha256": self.calibration_sha256,

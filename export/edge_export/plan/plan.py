@@ -10,7 +10,7 @@ import torch
 from edge_export.model.config import DecoderConfig
 from edge_export.plan.analysis import Analysis
 from edge_export.plan.recipes import RECIPES, BoardFormats, UnitPlan
-from edge_export.plan.target import MIN_CONTEXT_TOKENS, Target, choose_target
+from edge_export.plan.target import MIN_CONTEXT_TOKENS, BoardPlan, Target, choose_target
 from edge_export.plan.units import decoder_units, small_parameters
 from edge_export.quantize import DEFAULT_QUANTIZER, quantizer_row
 from edge_export.quantize.base import InputStatistics
@@ -22,15 +22,9 @@ _GQA_HEAD_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
-class ExportPlan:
+class ExportPlan(BoardPlan):
     """Everything that the later stages need to know about precision and shape."""
 
-    recipe: str
-    profile: str
-    #: where on the board it runs: `cpu` or an accelerator's name, by onnxruntime's provider
-    processor: str
-    execution_provider: str
-    opset: int
     context_tokens: int
     threads: int
     #: storage of matrices that are not quantized, norms and biases
@@ -69,11 +63,7 @@ class ExportPlan:
         """JSON-able form, as printed by --dry-run and kept in the manifest."""
         losses = [u.loss for u in self.units if u.loss is not None]
         return {
-            "recipe": self.recipe,
-            "profile": self.profile,
-            "processor": self.processor,
-            "execution_provider": self.execution_provider,
-            "opset": self.opset,
+            **super().to_dict(),
             "context_tokens": self.context_tokens,
             "threads": self.threads,
             "dense": self.dense,

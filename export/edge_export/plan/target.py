@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from packaging.version import Version
 
@@ -62,6 +62,29 @@ class Target:
     kv_dtype: FloatType
     #: what the board's owner would ask: accelerators that stay unused, an `auto` without a choice
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BoardPlan:
+    """What every kind of plan says first: by which recipe, for which board, and where on it a model runs."""
+
+    recipe: str
+    profile: str
+    #: `cpu` or an accelerator's name
+    processor: str
+    #: onnxruntime's
+    execution_provider: str
+    opset: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "recipe": self.recipe,
+            "profile": self.profile,
+            "processor": self.processor,
+            "execution_provider": self.execution_provider,
+            "opset": self.opset,
+        }
 
 
 def choose_target(

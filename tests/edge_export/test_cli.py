@@ -182,7 +182,7 @@ def test_names_do_not_steer_the_terminal(model, tmp_path, capfd):
         (("--profile", "raspbery-pi-5"), "raspberry-pi-5"),
         (("--profile", "no/such/board.toml"), "no/such/board.toml"),
         ((*BOARD, "--recipe", "int3"), "'auto', 'fp32'"),
-        ((*BOARD, "--format", "tflite"), "'auto', 'onnx'"),
+        ((*BOARD, "--format", "pickle"), "'auto', 'onnx'"),
         ((*BOARD, "--context-tokens", "100000"), "allowed: 16 to the model's 256"),
         ((*BOARD, "--out", "/proc/edge-export-test"), "/proc/edge-export-test"),
         ((*BOARD, "--out", "no/such/folder"), "does not exist"),

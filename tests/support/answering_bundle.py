@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ def write_answering_bundle(root: Path, *, exact: bool = False, wrong_golden: boo
         }
     tiny_bundle.write_bundle(root, golden, **options)
     json = tokenizer().to_str().encode()
-    _add(
+    tiny_bundle.add_files(
         root,
         {
             "tokenizer/reasoner/tokenizer.json": json,
@@ -54,21 +53,3 @@ def reference_log_likelihood(token_ids: list[int], start: int) -> float:
     shifted = logits - logits.max(-1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return float(sum(log_p[i - 1, token_ids[i]] for i in range(start, len(token_ids))))
-
-
-def _add(root: Path, files: dict[str, bytes]) -> None:
-    """Writes files and lists them in the manifest, in the component that their path names."""
-    for relative, data in files.items():
-        (root / relative).write_bytes(data)
-
-    def change(plain: dict) -> None:
-        for component in plain["components"]:
-            mine = {p: d for p, d in files.items() if p.split("/")[1] == component["kind"]}
-            kept = [entry for entry in component["files"] if entry["path"] not in mine]
-            new = [
-                {"path": p, "size_bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()}
-                for p, d in mine.items()
-            ]
-            component["files"] = sorted(kept + new, key=lambda entry: entry["path"])
-
-    tiny_bundle.reseal(root, change)

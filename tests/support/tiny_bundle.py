@@ -136,6 +136,24 @@ def relist(root: Path, relative: str) -> None:
     reseal(root, change)
 
 
+def add_files(root: Path, files: dict[str, bytes]) -> None:
+    """Writes files and lists them in the manifest, in the component that their path names."""
+    for relative, data in files.items():
+        (root / relative).write_bytes(data)
+
+    def change(plain: dict) -> None:
+        for component in plain["components"]:
+            mine = {p: d for p, d in files.items() if p.split("/")[1] == component["kind"]}
+            kept = [entry for entry in component["files"] if entry["path"] not in mine]
+            new = [
+                {"path": p, "size_bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()}
+                for p, d in mine.items()
+            ]
+            component["files"] = sorted(kept + new, key=lambda entry: entry["path"])
+
+    reseal(root, change)
+
+
 def _component(root: Path, kind: str, spec, variants: tuple[Variant, ...]) -> Component:
     graphs = [name for v in variants for name in (v.graph, f"{v.graph}.data")]
     paths = sorted({*graphs, f"golden/{kind}.json", f"tokenizer/{kind}/tokenizer.json"})

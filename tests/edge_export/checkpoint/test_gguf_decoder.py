@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.llama_cpp_logits import llama_cpp_logits
+from support.smollm2 import smollm2_of_transformers
 from support.tiny_models import CASES, VOCAB, close, logits_of, make_model, tokens, write_gguf
 
 from edge_export.checkpoint.gguf_file import GgufFile
@@ -210,44 +211,8 @@ def test_infinite_weights_are_refused(tmp_path):
 @pytest.mark.real_model
 def test_smollm2_equals_llama_and_gguf_reader(smollm2_gguf):
     """The real SmolLM2 file: our Decoder equals transformers' Llama on tensors read by gguf's own reader."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.set_num_threads(2)
-    reader = gguf.GGUFReader(smollm2_gguf)
-    tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        rope_theta=100_000.0,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).eval()
-    parts = {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(torch.from_numpy(tensors["token_embd.weight"].copy()))
-        model.model.norm.weight.copy_(torch.from_numpy(tensors["output_norm.weight"].copy()))
-        for index in range(30):
-            for name, part in parts.items():
-                value = torch.from_numpy(tensors[f"blk.{index}.{part}.weight"].copy())
-                if part in ("attn_q", "attn_k"):  # undo llama.cpp's pairing, head by head
-                    value = torch.cat([torch.cat([head[0::2], head[1::2]]) for head in value.split(64)])
-                model.get_submodule(f"model.layers.{index}.{name}").weight.copy_(value)
+    model = smollm2_of_transformers(smollm2_gguf)
     token_ids = torch.randint(0, 49152, (1, 128), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found, expected = decoder_of(smollm2_gguf)(token_ids), model(token_ids).logits

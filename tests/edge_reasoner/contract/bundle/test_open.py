@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -28,31 +27,13 @@ def _tokenizer_json() -> bytes:
     return tokenizer.to_str().encode()
 
 
-def _add(root: Path, files: dict[str, bytes]) -> None:
-    """Writes files and lists them in the manifest, in the component that their path names."""
-    for relative, data in files.items():
-        (root / relative).write_bytes(data)
-
-    def change(plain: dict) -> None:
-        for component in plain["components"]:
-            mine = {p: d for p, d in files.items() if p.split("/")[1] == component["kind"]}
-            kept = [entry for entry in component["files"] if entry["path"] not in mine]
-            new = [
-                {"path": p, "size_bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()}
-                for p, d in mine.items()
-            ]
-            component["files"] = sorted(kept + new, key=lambda entry: entry["path"])
-
-    tiny_bundle.reseal(root, change)
-
-
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     """A tiny bundle with tokenizers, a config and a chat template."""
     logits = reference_logits(weights(), list(tiny_bundle.TOKENS))
     root = tiny_bundle.write_bundle(tmp_path / "bundle", tiny_bundle.decoder_golden(logits, 1.0))
     tokenizer = _tokenizer_json()
-    _add(
+    tiny_bundle.add_files(
         root,
         {
             "tokenizer/reasoner/tokenizer.json": tokenizer,
@@ -109,7 +90,7 @@ def test_forged_tokenizer_files(
     bundle: Path, tmp_path: Path, relative: str, data: bytes, error: type
 ) -> None:
     """Well-listed but malformed tokenizer files are refused in one line, at once or at the first prompt."""
-    _add(bundle, {f"tokenizer/reasoner/{relative}": data})
+    tiny_bundle.add_files(bundle, {f"tokenizer/reasoner/{relative}": data})
     with (
         pytest.raises(error) as caught,
         Reasoner.open(bundle, threads=1, cache_dir=tmp_path / "c") as reasoner,

@@ -22,6 +22,7 @@ from edge_reasoner.contract.bundle.open import open_bundle
 from edge_reasoner.errors import ContextOverflowError, InputError
 from edge_reasoner.preprocess.preprocessor import Preprocessor
 from edge_reasoner.query.assemble import Machine
+from edge_reasoner.query.device import Device
 from edge_reasoner.reasoner import Reasoner
 
 CHOICES = ("a dog", "a doge runs far", "cat", "x")
@@ -142,7 +143,9 @@ def test_the_answer_after_the_thinking_is_judged(mode: str) -> None:
     with (
         scripted_cloud(reply) as server,
         Reasoner(
-            scripted_model(texts), preprocessor, connect(CloudOptions(server.url, model="m")), mode=mode
+            Device.of(scripted_model(texts), preprocessor),
+            connect(CloudOptions(server.url, model="m")),
+            mode=mode,
         ) as reasoner,
     ):
         steps: list[int] = []

@@ -16,9 +16,11 @@ from edge_reasoner.chat.model import Cancellation, ChatModel, ChatPiece, PulledS
 from edge_reasoner.cloud import connect
 from edge_reasoner.cloud.base import CloudLimits, CloudOptions, CloudResult
 from edge_reasoner.contract.template.render import ChatTemplate
+from edge_reasoner.engine.local_model import LocalModel
 from edge_reasoner.errors import NoAnswerError
 from edge_reasoner.gate.policy import Policy
 from edge_reasoner.preprocess.preprocessor import Preprocessor
+from edge_reasoner.query.device import Device
 from edge_reasoner.reasoner import Reasoner
 from edge_reasoner.server.reference import ReferenceModel, serving
 
@@ -40,8 +42,12 @@ def _reasoner(
     answers: Mapping[str, str], cloud: ChatModel | None = None, *, template: str = TEMPLATE, **options
 ) -> Iterator[Reasoner]:
     local = scripted_model(answers, template=template)
-    with Reasoner(local, Preprocessor(None, None, clock=time.perf_counter), cloud, **options) as reasoner:
+    with Reasoner(_device(local), cloud, **options) as reasoner:
         yield reasoner
+
+
+def _device(local: LocalModel) -> Device:
+    return Device.of(local, Preprocessor(None, None, clock=time.perf_counter))
 
 
 def _cloud(server: HostileCloud) -> ChatModel:
@@ -138,9 +144,7 @@ def test_thinking_is_told_while_it_comes() -> None:
 
 def test_tiers_keep_the_thinking() -> None:
     """A device in front of our own server, itself a Reasoner, has the thinking of the tier that answered."""
-    gateway = Reasoner(
-        scripted_model({"train": THOUGHT}), Preprocessor(None, None, clock=time.perf_counter), mode="local"
-    )
+    gateway = Reasoner(_device(scripted_model({"train": THOUGHT})), mode="local")
     with (
         serving(ReferenceModel(gateway, "gateway")) as url,
         _reasoner({}, connect(CloudOptions(url))) as device,

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from support.hostile_cloud import GOOD, HEAD, event, hang, hostile_cloud, reset, send, status
@@ -37,14 +38,22 @@ HARD = (
     "minutes than the last, how many minutes does it need for 7 stops, and why?"
 )
 ANSWERS = {"capital": "Paris is the capital.", "train": "the fox", "longer": "the quick brown fox jumps " * 6}
-LIMITS = CloudLimits(connect_s=0.5, read_s=0.4, total_s=1.5, attempts=2, backoff_base_s=0.01)
+#: far more time than a server on loopback takes, however busy the machine is
+LIMITS = CloudLimits(connect_s=20.0, read_s=20.0, total_s=60.0, attempts=2, backoff_base_s=0.01)
+#: for clouds that fall silent
+IMPATIENT = replace(LIMITS, read_s=0.4, total_s=1.5)
 
 
 @contextlib.contextmanager
 def _reasoner(
-    url: str | None = None, *, sure: bool = True, context_tokens: int = 512, **options
+    url: str | None = None,
+    *,
+    sure: bool = True,
+    context_tokens: int = 512,
+    limits: CloudLimits = LIMITS,
+    **options,
 ) -> Iterator[Reasoner]:
-    cloud = None if url is None else connect(CloudOptions(url, model="big", limits=LIMITS))
+    cloud = None if url is None else connect(CloudOptions(url, model="big", limits=limits))
     local = scripted_model(ANSWERS, sure=sure, context_tokens=context_tokens)
     preprocessor = Preprocessor(None, None, clock=time.perf_counter)
     with Reasoner(Device.of(local, preprocessor), cloud, **options) as reasoner:
@@ -102,7 +111,7 @@ def test_stream_commits_and_is_not_retracted() -> None:
 )
 def test_failing_cloud_degrades(act) -> None:
     """Whatever the cloud does, mode auto gives the local answer, marked degraded, with the cause."""
-    with hostile_cloud(act) as server, _reasoner(server.url) as reasoner:
+    with hostile_cloud(act) as server, _reasoner(server.url, limits=IMPATIENT) as reasoner:
         answer = reasoner.ask(HARD)
         assert (answer.text, answer.source) == ("the fox", "degraded")
         assert answer.decision.route == "cloud" and "cloud failed" in answer.note

@@ -11,7 +11,8 @@ from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.cloud.base import CloudLimits, CloudOptions, CloudResult
 from edge_reasoner.cloud.openai_protocol import OpenAIModel
 
-_LIMITS = CloudLimits(connect_s=0.5, read_s=0.5, total_s=5.0, attempts=2, backoff_base_s=0.01)
+#: far more time than a server on loopback takes, however busy the machine is
+_LIMITS = CloudLimits(connect_s=20.0, read_s=20.0, total_s=60.0, attempts=2, backoff_base_s=0.01)
 _DEFAULTS = SamplingParams()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
+from dataclasses import replace
 
 import pytest
 from support.hostile_cloud import (
@@ -30,19 +30,22 @@ from edge_reasoner.errors import CloudError, CloudProtocolError, CloudUnavailabl
 
 DEFAULTS = SamplingParams()
 MESSAGES = [{"role": "user", "content": "größe?"}]
+#: far more time than a server on loopback takes, however busy the machine is
 LIMITS = CloudLimits(
-    connect_s=0.5,
-    read_s=0.4,
-    total_s=1.5,
+    connect_s=20.0,
+    read_s=20.0,
+    total_s=60.0,
     attempts=2,
     backoff_base_s=0.01,
     line_bytes=20_000,
     response_bytes=200_000,
 )
+#: for servers that fall silent
+IMPATIENT = replace(LIMITS, read_s=1.0, total_s=2.5)
 
 
 def _model(url: str, **options) -> OpenAIModel:
-    return OpenAIModel(CloudOptions(url, model="m", limits=LIMITS, **options))
+    return OpenAIModel(CloudOptions(url, model="m", **{"limits": LIMITS, **options}))
 
 
 def _ask(params: SamplingParams = DEFAULTS, **extra) -> ChatRequest:
@@ -98,12 +101,12 @@ def test_usage_and_price() -> None:
 def test_retries_while_nothing_was_shown(first) -> None:
     """One failure of a passing kind is retried, and the second attempt's answer is whole."""
     with hostile_cloud(first[1], send(GOOD)) as server:
-        texts, _ = _read(server.url)
+        texts, _ = _read(server.url, limits=IMPATIENT if "hang" in first[0] else LIMITS)
         assert texts == ["Hel", "lo"] and len(server.requests) == 2
 
 
 @pytest.mark.parametrize(
-    ("act", "error"),
+    ("name", "case"),
     {
         "hang": (hang(), CloudUnavailableError),
         "reset": (reset(), CloudUnavailableError),
@@ -151,15 +154,14 @@ def test_retries_while_nothing_was_shown(first) -> None:
     }.items(),
     ids=lambda item: item if isinstance(item, str) else "",
 )
-def test_misbehaviour_is_one_clear_error(act, error) -> None:
+def test_misbehaviour_is_one_clear_error(name, case) -> None:
     """Every kind of misbehaviour ends, in one line of the right class."""
-    expected_act, expected_error = error
-    start_s = time.monotonic()
-    with hostile_cloud(expected_act) as server, pytest.raises(CloudError) as caught:
-        _read(server.url)
+    act, expected_error = case
+    limits = IMPATIENT if name == "hang" or "dripped" in name else LIMITS
+    with hostile_cloud(act) as server, pytest.raises(CloudError) as caught:
+        _read(server.url, limits=limits)
     assert type(caught.value) is expected_error
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-    assert time.monotonic() - start_s < 60  # it does end; the client's own clock says when
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_misbehaviour_is_one_clear_error(act, error) -> None:
 def test_no_retry_after_text_was_shown(act) -> None:
     """A stream that breaks after its first text is not repeated: the error comes through."""
     with hostile_cloud(act, send(GOOD)) as server:
-        model = _model(server.url)
+        model = _model(server.url, limits=IMPATIENT)
         stream = model.submit(_ask())
         assert next(stream) == "Hel"
         with pytest.raises(CloudUnavailableError):

@@ -234,7 +234,7 @@ def test_texts_can_be_encoded(ask) -> None:
 def test_an_answer_that_is_whole_survives_its_connection(ask, end) -> None:
     """After the finish reason only counts are missing: a connection that breaks or stalls costs nothing."""
     with hostile_cloud(end(HEAD + event("Hello", "length"))) as server:
-        result = ask(server.url)
+        result = ask(server.url, limits=CloudLimits(read_s=1.0, settle_s=1.0, attempts=1))
     assert (result.text, result.finish_reason) == ("Hello", "length")
 
 

@@ -378,3 +378,15 @@ def test_a_prompt_is_a_text_or_messages(prompt: object) -> None:
     """Anything else is refused in the project's own words."""
     with _reasoner() as reasoner, pytest.raises(InputError, match="a text, or a list of messages"):
         reasoner.ask(prompt)
+
+
+def test_its_name_and_context_are_those_of_the_model_it_asks_first() -> None:
+    """The local model's; in mode cloud, the cloud's, as far as it has told them. One name for one thing."""
+    with hostile_cloud(send(GOOD)) as server:
+        with _reasoner(server.url) as reasoner:
+            assert (reasoner.name, reasoner.context_tokens) == ("tiny", 512)
+        with _reasoner(server.url, mode="cloud") as reasoner:
+            assert (reasoner.name, reasoner.context_tokens) == ("big", None)
+            assert not server.requests
+    with _reasoner(mode="local") as reasoner:
+        assert reasoner.name == reasoner.ask(EASY).model == "tiny"

@@ -270,10 +270,12 @@ def _checked_context(spec: DecoderSpec, context_tokens: int | None) -> int:
         raise InputError(
             f"context of {wanted} tokens: 1 to {spec.context_tokens} are possible with this model"
         )
+    # the machine's memory, or less where a control group leaves this process less
     needed_bytes, memory_bytes = wanted * spec.kv_bytes_per_token, total_bytes()
     if memory_bytes is not None and needed_bytes > memory_bytes:
+        half = max(1, memory_bytes // (2 * spec.kv_bytes_per_token))
         raise InputError(
-            f"a context of {wanted} tokens needs {needed_bytes / 1e9:.1f} GB of KV cache; this machine has"
-            f" {memory_bytes / 1e9:.1f} GB: try {memory_bytes // (2 * spec.kv_bytes_per_token)} tokens"
+            f"a context of {wanted} tokens needs {needed_bytes / 1e9:.1f} GB of KV cache; this process may"
+            f" use {memory_bytes / 1e9:.1f} GB: try {half} tokens"
         )
     return wanted

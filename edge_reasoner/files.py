@@ -145,22 +145,20 @@ def parse_json(
     *,
     error: ErrorType = InputError,
     allow_nan: bool = False,
-    allow_duplicates: bool = True,
 ) -> Any:
     """The JSON value of a text, however deep or long its numbers: raises `error` for what is not JSON.
 
     `allow_nan` takes NaN, Infinity and -Infinity, which Python and others write though JSON has no such
-    numbers. With `allow_duplicates` the last of two equal keys counts, else they are an error. Numbers too
-    large for a float become infinite; lone surrogates (`"\\ud800"`) are kept.
+    numbers. The last of two equal keys counts; numbers too large for a float become infinite; lone surrogates
+    (`"\\ud800"`) are kept.
     """
     text = decode_text(data, where, error=error) if isinstance(data, bytes) else data.lstrip(_BOM)
     refuse_nan: Callable[[str], Any] | None = None if allow_nan else _refuse_constant
-    unique: Callable[[list[tuple[str, Any]]], Any] | None = None if allow_duplicates else _unique_keys
     try:
-        return json.loads(text, parse_constant=refuse_nan, object_pairs_hook=unique)
+        return json.loads(text, parse_constant=refuse_nan)
     except RecursionError as problem:
         raise error(f"{where}: not JSON: nested too deeply") from problem
-    except ValueError as problem:  # JSONDecodeError, numbers of too many digits, our own two
+    except ValueError as problem:  # JSONDecodeError, numbers of too many digits, our own
         raise error(f"{where}: not JSON: {one_line(problem)}") from problem
 
 
@@ -171,34 +169,10 @@ def read_json(
     error: ErrorType = InputError,
     regular: bool = False,
     allow_nan: bool = False,
-    allow_duplicates: bool = True,
 ) -> Any:
     """A JSON file's value; raises `error` as `read_bytes` and `parse_json` do."""
     data = read_bytes(path, limit_bytes, error=error, regular=regular)
-    return parse_json(data, str(path), error=error, allow_nan=allow_nan, allow_duplicates=allow_duplicates)
-
-
-def read_json_object(
-    path: Path,
-    limit_bytes: int,
-    *,
-    error: ErrorType = InputError,
-    regular: bool = False,
-    allow_nan: bool = False,
-    allow_duplicates: bool = True,
-) -> dict[str, Any]:
-    """As `read_json`, and raises `error` unless the value is an object."""
-    value = read_json(
-        path,
-        limit_bytes,
-        error=error,
-        regular=regular,
-        allow_nan=allow_nan,
-        allow_duplicates=allow_duplicates,
-    )
-    if not isinstance(value, dict):
-        raise error(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
+    return parse_json(data, str(path), error=error, allow_nan=allow_nan)
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -266,12 +240,3 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key[:80]!r} is there twice")
-        found[key] = value
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 import threading
 import time
@@ -59,6 +60,7 @@ class Transport:
         self._limits = options.limits
         self._clock = clock
         self._lock = threading.Lock()
+        self._pid = os.getpid()
         self._client: httpx.Client | None = None
         self._closed = False
         key = options.environment.get(options.api_key_env, "") if options.api_key_env else ""
@@ -102,6 +104,7 @@ class Transport:
 
     def close(self) -> None:
         """Closes connections. Idempotent."""
+        self._leave_parents_connections()
         with self._lock:
             self._closed = True
             if self._client is not None:
@@ -121,7 +124,14 @@ class Transport:
                 raise CloudUnavailableError(f"not done within {self._limits.total_s:g} s")
             yield chunk
 
+    def _leave_parents_connections(self) -> None:
+        """In a forked child: two processes on one connection would get each other's answers, and a lock that
+        a thread of the parent held would be held for ever."""
+        if self._pid != os.getpid():
+            self._lock, self._client, self._pid = threading.Lock(), None, os.getpid()
+
     def _connected(self) -> httpx.Client:
+        self._leave_parents_connections()
         with self._lock:
             if self._closed:
                 raise CloudUnavailableError(f"{self.url}: the client is closed")

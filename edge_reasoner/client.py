@@ -31,11 +31,12 @@ _KEY_NAME = "api_key"
 
 @dataclass(frozen=True)
 class InferenceChoice:
-    """One answer."""
+    """One answer. `thinking`: what a reasoning model wrote before it, or None."""
 
     text: str
     finish_reason: str
     index: int = 0
+    thinking: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class InferenceClient:
         if self._cloud is not None:
             return _infer_remote(self._cloud, prompt, params, window)
         answer = self._open().ask(prompt, params=params, context_tokens=window)
-        choice = InferenceChoice(answer.text, answer.finish_reason)
+        choice = InferenceChoice(answer.text, answer.finish_reason, thinking=answer.thinking)
         return InferenceResult((choice,), answer.model, "local", answer.usage)
 
     def close(self) -> None:
@@ -136,5 +137,5 @@ def _infer_remote(
 ) -> InferenceResult:
     extra = {} if window is None else {_WINDOW: window}
     result = cloud.submit(ChatRequest(tuple(as_messages(prompt)), params=params, extra=extra)).result()
-    choice = InferenceChoice(result.text, result.finish_reason)
+    choice = InferenceChoice(result.text, result.finish_reason, thinking=result.thinking)
     return InferenceResult((choice,), result.model, "cloud", result.usage)

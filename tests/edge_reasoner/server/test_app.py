@@ -160,6 +160,8 @@ def test_inference_client_against_the_service(url: str) -> None:
         parameters = {"temperature": 0.0, "max_tokens": 64, "attention_window": 200}
         reply = client.infer(prompt="What is the capital?", parameters=parameters)
         assert reply.choices[0].text == ANSWERS["capital"] and reply.source == "cloud"
+        riddle = client.infer(prompt="a riddle", parameters={"temperature": 0.0}).choices[0]
+        assert (riddle.text, riddle.thinking) == ("the dog", "the fox rests")
         with pytest.raises(InputError, match=r"'heat'.*temperature.*attention_window"):
             client.infer(prompt="x", parameters={"heat": 1})
         with pytest.raises(InputError, match="attention_window"):

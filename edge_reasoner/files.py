@@ -41,8 +41,15 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Makes or replaces the file in one step: a reader, or a power cut, meets the old one or the new one.
 
     The parts of `data` go to a temporary file in the same folder (which must exist), are synced to the disk
-    and renamed. On any failure the temporary file is removed and `path` is as it was. Raises OSError.
+    and renamed. On any failure the temporary file is removed and `path` is as it was. A symlink stays one:
+    what it points to is written. What is no file (`/dev/null`, a pipe) is written to, never replaced.
+    Raises OSError.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        with path.open("wb") as device:
+            device.writelines((data,) if isinstance(data, bytes) else data)
+        return
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".tmp")
     temporary = Path(name)
     try:

@@ -128,6 +128,28 @@ def test_bad_rows_are_named(tmp_path: Path, data: bytes, said: str):
         list(read_rows(path))
 
 
+def test_a_write_through_a_link_keeps_the_link(tmp_path: Path):
+    """What a symlink points to is replaced, not the symlink."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "file")
+    for data in (b"made", b"replaced"):
+        write_atomically(tmp_path / "link", data)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "file").read_bytes() == data
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path):
+    """A named pipe, like a device, stays what it is: its reader gets the data."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomically(pipe, [b"some", b"thing"])
+        assert os.read(reader, 100) == b"something"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
     """A generator that fails half-way changes nothing; the next write replaces and keeps the permissions."""
     path = tmp_path / "a.json"

@@ -71,7 +71,7 @@ _OPEN_HARMONY = (
     "<|channel|>analysis to=",
     "<|channel|>commentary to=",
 )
-_HARMONY_START = "<|start|>assistant"
+_HARMONY_START, _SOLAR_START = "<|start|>assistant", "<|begin|>assistant"
 _BETWEEN_HARMONY = (*_OPEN_HARMONY, _HARMONY_START, "<|end|>", "<|call|>", "<|message|>", "<|constrain|>")
 
 #: a family is one row
@@ -107,6 +107,8 @@ FAMILIES = (
     # Kimi-VL, Apertus
     Markers("◁think▷", "◁/think▷"),
     Markers("<|inner_prefix|>", "<|inner_suffix|>"),
+    # Solar Open
+    Markers("<|think|>", "<|content|>", between=("<|end|>", _SOLAR_START)),
     # Apriel
     Markers("here are my reasoning steps:", "[begin final response]", end="[end final response]"),
     # Granite 3.2
@@ -119,7 +121,7 @@ _FAMILY = {family.open: family for family in FAMILIES}
 _CLOSES = {close: family for family in FAMILIES for close in family.closes if close[0] in _BRACKETS}
 _AROUND = {before: after for family in FAMILIES for before, after in family.around}
 _ENDS = frozenset((*_AROUND.values(), *(family.end for family in FAMILIES if family.end)))
-_STARTS = (*_FAMILY, *_CLOSES, *_AROUND, _HARMONY_START)
+_STARTS = (*_FAMILY, *_CLOSES, *_AROUND, _HARMONY_START, _SOLAR_START)
 _IN_TEXT = (*(opening for opening in _FAMILY if opening[0] in _BRACKETS), *_CLOSES, *_ENDS)
 _MAX_MARKER_CHARS = max(map(len, (*_STARTS, *_IN_TEXT, *(word for f in FAMILIES for word in f.inside))))
 #: the tokens that markers are made of
@@ -272,7 +274,7 @@ class ThinkingSplitter:
             self._depth, self._inner_end, self._block_is_blank = 1, None, True
         elif marker in _CLOSES:
             self._end_block("", _CLOSES[marker])
-        elif marker == _HARMONY_START:
+        elif marker in (_HARMONY_START, _SOLAR_START):
             pass
         # plain tags enclose an answer only after a block: "<answer>" may be what was asked for
         elif marker in _AROUND and (self._thoughts or marker.startswith("<|")):

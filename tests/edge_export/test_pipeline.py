@@ -400,3 +400,19 @@ def test_licence_and_its_absence(model, tmp_path):
     assert open_bundle(tmp_path / "a").component("reasoner").licence == "unknown"
     report = export(str(model), BOARD, tmp_path / "b", options(recipe="fp32", licence="apache-2.0"))
     assert report.warnings == () and open_bundle(tmp_path / "b").component("reasoner").licence == "apache-2.0"
+
+
+def test_a_model_that_names_no_end_is_a_warning(model, tmp_path):
+    """Without an end-of-text token anywhere, answers run on to their bound: the report says so."""
+    folder = tmp_path / "endless"
+    write_checkpoint(folder, eos_token_id=None)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / "tokenizer_config.json").write_text("{}")
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace("</s>", "<e>").replace("<|im_end|>", "<|x|>"))
+    endless, ending = (
+        export(str(path), BOARD, tmp_path / "x", options(recipe="fp32", dry_run=True)).warnings
+        for path in (folder, model)
+    )
+    assert any("names no token that ends a text" in warning for warning in endless)
+    assert not any("names no token that ends a text" in warning for warning in ending)

@@ -147,7 +147,7 @@ def _from_decoder(key: str, entry: Any, where: str) -> AddedToken:
 def _id(value: Any, content: str, where: str) -> int:
     if type(value) is not int or not 0 <= value < MAX_VOCAB_TOKENS:
         raise CheckpointError(
-            f"{where}: the added token {_shown(content)} has the id {str(value)[:40]}; allowed is 0 to "
+            f"{where}: the added token {_shown(content)} has the id {repr(value)[:40]}; allowed is 0 to "
             f"{MAX_VOCAB_TOKENS - 1}"
         )
     if not content or len(content.encode("utf-8", "surrogatepass")) > MAX_TOKEN_BYTES:

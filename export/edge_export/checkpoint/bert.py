@@ -7,7 +7,7 @@ cosine. Weights are read lazily under the canonical names of `model.config.Encod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -115,6 +115,9 @@ class _FirstPositions:
 
     def __init__(self, raw: SafetensorsFiles, table: str, rows: int) -> None:
         self._raw, self._table, self._rows = raw, table, rows
+
+    def names(self) -> Iterable[str]:
+        return self._raw.names()
 
     def has(self, name: str) -> bool:
         return self._raw.has(name)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable
 from datetime import datetime
+from typing import Final
+
+from tokenizers import Tokenizer
 
 from edge_export.checkpoint.tokenizer_files import TokenizerFiles
 from edge_reasoner.contract.template.trial import SINGLE_TURN, TemplateTrial, try_template
@@ -14,6 +18,13 @@ _REMEDY = (
     "the device could not use the model in a chat; mend the template (chat_template.jinja in a directory, "
     "tokenizer.chat_template in a GGUF file), or take it out to export a model without one"
 )
+
+
+#: how families write the borders of a turn
+_MARKER: Final = re.compile(
+    r"<\|[A-Za-z0-9_]{1,40}\|>|<｜[^｜<>\s]{1,40}｜>|</?(?:start|end)_of_(?:turn|role)>"
+)
+_SHOWN: Final = 3
 
 
 def check_chat_template_works(template: str, tokenizer: TokenizerFiles, where: str) -> tuple[str, ...]:
@@ -37,7 +48,22 @@ def check_chat_template_works(template: str, tokenizer: TokenizerFiles, where: s
             raise CheckpointError(f"{where}: {found[SINGLE_TURN]}; {_REMEDY}")
     if SINGLE_TURN in trial.lost:
         raise CheckpointError(f"{where}: the chat template leaves out the user's message; {_REMEDY}")
-    return tuple(_warnings(trial, where))
+    return (*_warnings(trial, where), *_split_markers(template, tokenizer, where))
+
+
+def _split_markers(template: str, tokenizer: TokenizerFiles, where: str) -> Iterable[str]:
+    """Markers that the template writes and the tokenizer does not have: the model sees them as plain text."""
+    written = dict.fromkeys(_MARKER.findall(template))
+    if not written:
+        return
+    parsed = Tokenizer.from_str(tokenizer.tokenizer_json.decode("utf-8"))
+    split = [text for text in written if parsed.token_to_id(text) is None]
+    if split:
+        shown = ", ".join(repr(text) for text in split[:_SHOWN])
+        yield (
+            f"{where}: the chat template writes {shown}, which is no token of the model and is read as plain "
+            "text: does the template belong to it?"
+        )
 
 
 def _warnings(trial: TemplateTrial, where: str) -> Iterable[str]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 
 import msgspec
 
-from edge_export.checkpoint.json_file import read_bounded, read_json_value, read_text
+from edge_export.checkpoint.json_file import is_there, read_bounded, read_json_value
 from edge_reasoner.errors import CheckpointError
 
 _MAX_SIDE_FILE_BYTES = 256 << 20
@@ -48,41 +48,14 @@ class _Tokenizer(msgspec.Struct):
     added_tokens: list[_AddedToken] = []
 
 
-class _NamedTemplate(msgspec.Struct):
-    name: str
-    template: str
-
-
-class _TokenizerConfig(msgspec.Struct):
-    chat_template: str | list[_NamedTemplate] | None = None
-
-
 class _Generation(msgspec.Struct):
     eos_token_id: int | list[int | None] | None = None
-
-
-def _default_template(config: _TokenizerConfig) -> str | None:
-    if not isinstance(config.chat_template, list):
-        return config.chat_template
-    return next((entry.template for entry in config.chat_template if entry.name == "default"), None)
-
-
-def chat_template(directory: Path) -> str | None:
-    """The chat template of a Hugging Face directory, wherever it keeps it, or None."""
-    if (path := directory / "chat_template.jinja").is_file():
-        return read_text(path, _MAX_SIDE_FILE_BYTES)
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        if (path := directory / name).is_file():
-            template = _default_template(read_json(path, _TokenizerConfig))
-            if template:
-                return template
-    return None
 
 
 def special_tokens(directory: Path) -> dict[str, int]:
     """The special tokens of a directory's tokenizer.json: content → id."""
     path = directory / "tokenizer.json"
-    if not path.is_file():
+    if not is_there(path):
         return {}
     return {token.content: token.id for token in read_json(path, _Tokenizer).added_tokens if token.special}
 

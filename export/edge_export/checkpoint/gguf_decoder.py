@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from edge_export.checkpoint.families import Family, family_of_architecture
+from edge_export.checkpoint.foreign_fields import foreign_metadata
 from edge_export.checkpoint.gguf_file import GgufFile
 from edge_export.checkpoint.leftovers import HARMLESS_IN_GGUF, fill_missing_biases, refuse_leftovers
 from edge_export.checkpoint.limits import check_consistent, check_range
 from edge_export.checkpoint.source import CheckpointSource, OpenedDecoder, Placement
-from edge_export.checkpoint.tokenizer_files import END_OF_GENERATION
+from edge_export.checkpoint.tokenizer_files import END_OF_GENERATION, UNSET_ID
 from edge_export.model.config import DecoderConfig, LayerConfig, Rope
 from edge_export.model.tensors import tensor_shapes
 from edge_reasoner.errors import CheckpointError
@@ -38,6 +39,15 @@ _LAYER_PARTS: Mapping[str, str] = {
     "mlp_post_norm": "post_ffw_norm",
 }
 _TOP_PARTS: Mapping[str, str] = {"embed": "token_embd", "norm": "output_norm", "head": "output"}
+#: `general.type` or `general.architecture` → what such a file is
+_NO_MODELS: Mapping[str, str] = {
+    "adapter": "an adapter (LoRA), not a model; merge it into its model first (llama-export-lora)",
+    "mmproj": "a multimodal projector (mmproj); give the text model's file beside it",
+    "clip": "a multimodal projector (mmproj); give the text model's file beside it",
+    "vocab": "a vocabulary alone; give the model itself",
+    "imatrix": "an importance matrix, not a model",
+    "controlvector": "a control vector, not a model",
+}
 _GEMMA3_PATTERN_LAYERS = 6
 _GEMMA3_27B_LAYERS = 62
 _LOCAL_ROPE_THETA = 10_000.0
@@ -63,6 +73,8 @@ class Metadata:
         """An integer within RANGES[kind]; the default if absent, an error if there is none."""
         value = self._raw(key)
         value = default if value is None else value
+        if value is None:
+            raise CheckpointError(f"{self.where}: metadata {self._prefix}.{key} is missing")
         if type(value) is not int:
             raise self._bad(key, value, "it must be an integer")
         check_range(self.where, f"metadata {self._prefix}.{key}", value, kind)
@@ -72,6 +84,8 @@ class Metadata:
         """A number within RANGES[kind]; the default if absent, an error if there is none."""
         value = self._raw(key)
         value = default if value is None else value
+        if value is None:
+            raise CheckpointError(f"{self.where}: metadata {self._prefix}.{key} is missing")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self._bad(key, value, "it must be a number")
         check_range(self.where, f"metadata {self._prefix}.{key}", float(value), kind)
@@ -120,6 +134,11 @@ def _global_rope(file: GgufFile, metadata: Metadata, family: Family) -> Rope:
             f"{metadata.where}: rotary scaling {scaling[:40]!r} is not supported; supported in GGUF: "
             "none, linear, and Llama 3's frequency factors"
         )
+    if metadata.number("rope.scaling.attn_factor", "scale", 1.0) != 1.0:
+        raise CheckpointError(
+            f"{metadata.where}: rotary scaling with an attention factor (rope.scaling.attn_factor) is not "
+            "supported; it must be 1"
+        )
     factor = metadata.optional_number("rope.scaling.factor", "rope_factor")
     factor = factor or metadata.optional_number("rope.scale_linear", "rope_factor")
     factors = None
@@ -166,6 +185,12 @@ def _layers(file: GgufFile, metadata: Metadata, family: Family, hidden: int) -> 
     )
 
 
+def _special_id(file: GgufFile, key: str) -> int | None:
+    """A special token's id; None where the file states none (-1 as an unsigned number says none too)."""
+    value = file.metadata.get(f"tokenizer.ggml.{key}")
+    return value if type(value) is int and value != UNSET_ID else None
+
+
 def end_token_ids(file: GgufFile) -> tuple[int, ...]:
     """The ids that end a turn: the metadata's, and the well-known end markers in the vocabulary.
 
@@ -173,7 +198,7 @@ def end_token_ids(file: GgufFile) -> tuple[int, ...]:
     """
     metadata = file.metadata
     keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    found = [value for key in keys if type(value := metadata.get(f"tokenizer.ggml.{key}")) is int]
+    found = [value for key in keys if (value := _special_id(file, key)) is not None]
     tokens = metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list):
         found += [index for index, token in enumerate(tokens) if token in END_OF_GENERATION]
@@ -190,7 +215,6 @@ def _config(file: GgufFile, family: Family) -> DecoderConfig:
     attention_scale = None
     if family.name == "gemma3" and len(layers) == _GEMMA3_27B_LAYERS:
         attention_scale = 1.0 / sqrt(hidden // layers[0].num_heads)  # as llama.cpp does for the 27B
-    bos = file.metadata.get("tokenizer.ggml.bos_token_id")
     vocab_size = file.shape("token_embd.weight")[0]
     check_range(where, "the number of rows of token_embd.weight", vocab_size, "vocab_size")
     return DecoderConfig(
@@ -209,8 +233,12 @@ def _config(file: GgufFile, family: Family) -> DecoderConfig:
         post_norms=family.post_norms,
         embedding_scale=sqrt(hidden) if family.scaled_embedding else 1.0,
         attention_scale=attention_scale,
-        logit_softcap=metadata.optional_number("final_logit_softcapping", "softcap"),
-        bos_token_id=bos if type(bos) is int else None,
+        logit_softcap=(
+            metadata.optional_number("final_logit_softcapping", "softcap")
+            if family.name == "gemma3"
+            else None
+        ),
+        bos_token_id=_special_id(file, "bos_token_id"),
         eos_token_ids=end_token_ids(file),
     )
 
@@ -241,7 +269,22 @@ def _refuse_parts(file: GgufFile) -> None:
         )
 
 
+def _refuse_other_kinds(file: GgufFile) -> None:
+    """GGUF files that are no models by themselves."""
+    kind, architecture = file.metadata.get("general.type"), file.metadata.get("general.architecture")
+    what = _NO_MODELS.get(kind if isinstance(kind, str) else "") or _NO_MODELS.get(
+        architecture if isinstance(architecture, str) else ""
+    )
+    if what is not None:
+        raise CheckpointError(f"{file.path}: {what}")
+    if not file.tensors:
+        raise CheckpointError(f"{file.path}: holds no tensors (a vocabulary alone?); give the model itself")
+
+
 def _refuse_unsupported(file: GgufFile) -> None:
+    where = str(file.path)
+    if file.metadata.get(f"{file.metadata.get('general.architecture')}.attention.causal") is False:
+        raise CheckpointError(f"{where}: attention.causal is false; only models that look back are exported")
     if "blk.0.attn_qkv.weight" in file.tensors:
         raise CheckpointError(f"{file.path}: fused q/k/v tensors are not supported; convert without fusing")
 
@@ -253,6 +296,7 @@ def load_gguf_decoder(file: GgufFile) -> OpenedDecoder:
     tensor is missing, misshapen, of a type that is not a weight, or stored and not used. Reads no weights.
     """
     _refuse_parts(file)
+    _refuse_other_kinds(file)
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise CheckpointError(f"{file.path}: the metadata has no general.architecture; is it a model?")
@@ -267,7 +311,8 @@ def load_gguf_decoder(file: GgufFile) -> OpenedDecoder:
         file.check_dequantizable(raw)
     used = {*source.raw_names, *_used_elsewhere(config, family)}
     refuse_leftovers(file, file.tensors, used, HARMLESS_IN_GGUF, where, blocks=len(config.layers))
-    return OpenedDecoder(config, source, (file.path,), warnings)
+    foreign = foreign_metadata(file.metadata, family, architecture, where)
+    return OpenedDecoder(config, source, (file.path,), (*foreign, *warnings))
 
 
 def _used_elsewhere(config: DecoderConfig, family: Family) -> set[str]:

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from edge_export.checkpoint.foreign import file_is
 from edge_reasoner.errors import CheckpointError
 
 #: bool | int | float | str | list[str] | numpy array of a numeric type; bytes where a string is not UTF-8:
@@ -162,13 +163,21 @@ def _value(cursor: _Cursor, key: str) -> MetadataValue:
     return cursor.take(dtype.itemsize, repr(key)).view(dtype)[0].item()
 
 
+def _by_name(path: Path) -> str | None:
+    """What a file of a model directory is, that was given in the directory's place."""
+    if path.suffix in (".json", ".model", ".jinja", ".txt", ".md"):
+        return "not a model; give its directory, or a .gguf file"
+    return None
+
+
 def _read_counts(cursor: _Cursor) -> tuple[int, int]:
     """Magic and version, checked; the numbers of tensors and of metadata entries."""
     path, magic = cursor.path, bytes(cursor.take(4, "the magic"))
     if magic in _OLDER_MAGICS:
         raise CheckpointError(f"{path}: an older format than GGUF (GGML, GGJT); convert the model again")
     if magic != b"GGUF":
-        raise CheckpointError(f"{path}: not a GGUF file: it does not begin with 'GGUF'")
+        what = file_is(path) or _by_name(path) or "not a GGUF file: it does not begin with 'GGUF'"
+        raise CheckpointError(f"{path}: {what}")
     version = cursor.u32("the version")
     if version & 0xFFFF == 0 and version:
         raise CheckpointError(
@@ -274,7 +283,7 @@ def _read_tensors(
 
 def _map_file(path: Path) -> npt.NDArray[np.uint8]:
     try:
-        if path.stat().st_size < 24:
+        if path.stat().st_size < 24 and path.suffix == ".gguf":
             raise CheckpointError(f"{path}: truncated GGUF file: shorter than a GGUF header")
         return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
     except (OSError, ValueError) as error:
@@ -301,6 +310,10 @@ class GgufFile:
     def has(self, name: str) -> bool:
         """Whether the file has the tensor."""
         return name in self.tensors
+
+    def names(self) -> tuple[str, ...]:
+        """Every tensor name."""
+        return tuple(self.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape in torch's order. Raises CheckpointError if there is no such tensor."""

@@ -22,6 +22,7 @@ from edge_export.checkpoint.tokenizer_files import (
     END_OF_GENERATION,
     MAX_TOKEN_BYTES,
     MAX_VOCAB_TOKENS,
+    UNSET_ID,
     TokenizerFiles,
     canonical_json,
     check_chat_template,
@@ -74,8 +75,6 @@ _FIM_ENDS: Final = frozenset(
         *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
     }
 )
-#: −1 as an unsigned number: what some converters write for "none"
-_UNSET_ID: Final = 0xFFFFFFFF
 _END_KEYS: Final = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
@@ -164,7 +163,7 @@ class _Reader:
     def token_id(self, name: str, vocab_size: int, default: int | None = None) -> int | None:
         key = f"tokenizer.ggml.{name}_token_id"
         value: int | None = self._get(key, int, "a token id")
-        if value is None or value == _UNSET_ID:
+        if value is None or value == UNSET_ID:
             return default if default is not None and default < vocab_size else None
         if not 0 <= value < vocab_size:
             raise CheckpointError(f"{self.where}: {key} is {value}; token ids are 0 … {vocab_size - 1}")
@@ -361,6 +360,8 @@ def _finish(
     with tokenizer_faults(reader.where, CheckpointError):
         warnings = (*warnings, *check_added_tokens(tokenizer, own_tokens(head), reader.where))
     template = reader.text("tokenizer.chat_template")
+    if template is not None and not template.strip():
+        template = None
     return TokenizerFiles(
         tokenizer_json=canonical_json(tokenizer, reader.where),
         chat_template=None if template is None else check_chat_template(template, reader.where),

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from edge_export.checkpoint.families import Family
+from edge_export.checkpoint.foreign import quantization_named
 from edge_export.checkpoint.limits import check_consistent, check_range
 from edge_export.model.config import DecoderConfig, LayerConfig, Rope
 from edge_reasoner.errors import CheckpointError
@@ -72,6 +73,12 @@ class RawConfig(msgspec.Struct):
     bos_token_id: int | None = None
     eos_token_id: int | list[int | None] | None = None
     quantization_config: dict[str, Any] | None = None
+    #: as compressed-tensors and MLX write it
+    compression_config: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
+    is_causal: bool = True
+    #: llama3's, at the top level, wins over the one among the rotary parameters
+    original_max_position_embeddings: int | None = None
 
 
 class _Reader:
@@ -140,7 +147,7 @@ def _rope(reader: _Reader, entry: RopeParameters, default_theta: float) -> Rope:
     if kind == "linear":
         return Rope(theta, linear_factor=entry.factor)
     low, high = entry.low_freq_factor, entry.high_freq_factor
-    context = entry.original_max_position_embeddings
+    context = reader.raw.original_max_position_embeddings or entry.original_max_position_embeddings
     if low is None or high is None or context is None or not 0 < low < high or context < 1:
         raise CheckpointError(
             f"{where}: llama3 rotary scaling needs 0 < low_freq_factor < high_freq_factor and "
@@ -161,10 +168,25 @@ def _ropes(reader: _Reader) -> tuple[Rope, Rope]:
     parameters = raw.rope_parameters or {}
     theta = reader.number("rope_theta", "rope_theta")
     if reader.family.name != "gemma3":
-        rope = _rope(reader, _rope_entry(where, parameters or raw.rope_scaling or {}), theta)
+        if parameters and raw.rope_scaling and parameters != raw.rope_scaling:
+            raise CheckpointError(
+                f"{where}: rope_scaling and rope_parameters disagree; leave one of them out"
+            )
+        stated = parameters or raw.rope_scaling or {}
+        if nested := [name for name, value in stated.items() if isinstance(value, dict)]:
+            raise CheckpointError(
+                f"{where}: rotary parameters for {nested[0][:40]!r} alone; {reader.family.name} has one kind "
+                "for all layers"
+            )
+        rope = _rope(reader, _rope_entry(where, stated), theta)
         return rope, rope
+    if parameters and not parameters.keys() & {_GLOBAL, _LOCAL}:
+        raise CheckpointError(
+            f"{where}: rope_parameters must have an entry for {_GLOBAL!r} and one for {_LOCAL!r}"
+        )
     local_theta = reader.number("rope_local_base_freq", "rope_theta")
-    whole = _rope_entry(where, parameters.get(_GLOBAL) or raw.rope_scaling or {})
+    # as in transformers, where both are stated
+    whole = _rope_entry(where, {**(parameters.get(_GLOBAL) or {}), **(raw.rope_scaling or {})})
     local = _rope_entry(where, parameters.get(_LOCAL) or {})
     return _rope(reader, whole, theta), _rope(reader, local, local_theta)
 
@@ -213,8 +235,15 @@ def _layers(reader: _Reader) -> tuple[LayerConfig, ...]:
 
 def _refuse_unsupported(reader: _Reader) -> None:
     raw, where, family = reader.raw, reader.where, reader.family
-    if raw.quantization_config:
-        raise CheckpointError(f"{where}: the weights are quantized; allowed are plain safetensors, or GGUF")
+    for field in ("quantization_config", "compression_config", "quantization"):
+        if entry := getattr(raw, field):
+            method = quantization_named(entry)
+            how = f" with {method!r}" if method else ""
+            raise CheckpointError(
+                f"{where}: the weights are quantized{how} ({field}); allowed are plain safetensors, or GGUF"
+            )
+    if not raw.is_causal:
+        raise CheckpointError(f"{where}: is_causal is false; only models that look back are exported")
     if raw.mlp_bias:
         raise CheckpointError(f"{where}: mlp_bias is not supported; it must be false")
     if raw.use_bidirectional_attention or raw.attn_logit_softcapping:
@@ -236,7 +265,7 @@ def decoder_config(raw: RawConfig, family: Family, eos_token_ids: Sequence[int],
     _refuse_unsupported(reader)
     hidden = reader.integer("hidden_size", "hidden_size")
     check_range(where, "rms_norm_eps", raw.rms_norm_eps, "norm_epsilon")
-    softcap = raw.final_logit_softcapping or None
+    softcap = raw.final_logit_softcapping or None if family.name == "gemma3" else None
     if softcap is not None:
         check_range(where, "final_logit_softcapping", softcap, "softcap")
     scale = None

@@ -11,6 +11,8 @@ import msgspec
 
 from edge_export.checkpoint.families import Family, family_of_model_type
 from edge_export.checkpoint.files import generation_eos, read_json, special_tokens, token_ids, without_nulls
+from edge_export.checkpoint.foreign import tensors_are
+from edge_export.checkpoint.foreign_fields import foreign_fields
 from edge_export.checkpoint.hf_config import RawConfig, decoder_config
 from edge_export.checkpoint.leftovers import (
     HARMLESS_IN_DECODERS,
@@ -77,7 +79,11 @@ def _prefix(files: SafetensorsFiles) -> str:
     for prefix in _PREFIXES:
         if files.has(f"{prefix}embed_tokens.weight"):
             return prefix
-    raise CheckpointError(f"{files.directory}: the tensor 'model.embed_tokens.weight' is missing")
+    hint = tensors_are(files.names())
+    raise CheckpointError(
+        f"{files.directory}: the tensor 'model.embed_tokens.weight' is missing"
+        + (f"; {hint}" if hint else "")
+    )
 
 
 def _placements(config: DecoderConfig, family: Family, files: SafetensorsFiles) -> dict[str, Placement]:
@@ -157,4 +163,5 @@ def load_hf_decoder(directory: Path) -> OpenedDecoder:
         placements, filled = fill_missing_biases(files, placements, str(directory))
     source = CheckpointSource(files, placements, str(directory))
     left = _account(config, source, files, multimodal=multimodal)
-    return OpenedDecoder(config, source, files.files, (*surprised, *filled, *left))
+    foreign = foreign_fields(path, family)
+    return OpenedDecoder(config, source, files.files, (*foreign, *surprised, *filled, *left))

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from edge_export.checkpoint.foreign import exists
 from edge_reasoner.errors import CheckpointError, one_line
 from edge_reasoner.files import exists
 from edge_reasoner.machine.quiet import silence_telemetry
@@ -42,6 +43,8 @@ def resolve_model(model: str) -> Path:
 
     Downloads (or finds in the Hub's cache) what is not local. Raises CheckpointError in one line.
     """
+    if not model.strip():
+        raise CheckpointError("the model is an empty name; a path or a Hub id (owner/name) is needed")
     try:
         path = Path(model).expanduser()
     except RuntimeError:  # "~" of a user that is not there

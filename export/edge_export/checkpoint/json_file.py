@@ -5,23 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from edge_export.checkpoint.foreign import HEAD_BYTES, what_it_is
 from edge_reasoner import files
 from edge_reasoner.errors import CheckpointError
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes:
-    """The bytes of the file at `path`. Raises CheckpointError when it is missing or above the limit."""
-    return files.read_bytes(path, limit_bytes, error=CheckpointError, regular=True)
+    """The bytes of the file at `path`.
+
+    Raises CheckpointError when it is missing, above the limit, or a download's stand-in (a Git LFS pointer).
+    """
+    data = files.read_bytes(path, limit_bytes, error=CheckpointError, regular=True)
+    if (found := what_it_is(data[:HEAD_BYTES])) is not None:
+        raise CheckpointError(f"{path}: {found}")
+    return data
+
+
+def is_there(path: Path) -> bool:
+    """Whether something has the name. A link to nothing counts: reading it says so, where leaving it out
+    would be silent (an interrupted download leaves such links)."""
+    return path.exists() or path.is_symlink()
 
 
 def read_text(path: Path, limit_bytes: int) -> str:
     """The UTF-8 text in the file at `path`; a byte order mark is skipped. Raises CheckpointError."""
-    return files.read_text(path, limit_bytes, error=CheckpointError, regular=True)
+    return files.decode_text(read_bounded(path, limit_bytes), str(path), error=CheckpointError)
 
 
 def read_json_value(path: Path, limit_bytes: int) -> Any:
     """The JSON value in the file at `path`; NaN and Infinity are floats. Raises CheckpointError."""
-    return files.read_json(path, limit_bytes, error=CheckpointError, regular=True, allow_nan=True)
+    data = read_bounded(path, limit_bytes)
+    return files.parse_json(data, str(path), error=CheckpointError, allow_nan=True)
 
 
 def read_json_object(path: Path, limit_bytes: int, *, optional: bool = False) -> dict[str, Any]:
@@ -29,7 +43,7 @@ def read_json_object(path: Path, limit_bytes: int, *, optional: bool = False) ->
 
     Raises CheckpointError when the file is missing, too large, not UTF-8, not JSON or not an object.
     """
-    if optional and not path.exists():
+    if optional and not is_there(path):
         return {}
     value = read_json_value(path, limit_bytes)
     if optional and value is None:

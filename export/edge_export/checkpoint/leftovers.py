@@ -41,6 +41,10 @@ OTHER_MODALITIES: Final = re.compile(
 
 _HINTS: Final = (
     (r"lora_|adapter", "merge the adapter into the weights first"),
+    (
+        r"(weight|input|activation|[kv])_scale|qweight|qzeros|absmax|quant_map",
+        "quantized weights are not read",
+    ),
     (r"(^|\.)(score|classifier|classification_head|cls)\b", "a classifier is not a model that this exports"),
     (r"(^|\.)(v_head|value_head)\.", "a value head belongs to training; save the model without it"),
     (r"(^|\.)(mtp|nextn)\b", "save the model without its multi-token prediction layers"),

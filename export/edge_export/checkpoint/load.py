@@ -13,11 +13,14 @@ from typing import Literal
 import msgspec
 
 from edge_export.checkpoint import files
+from edge_export.checkpoint.chat_template_files import find_chat_template
 from edge_export.checkpoint.digest import WeightsDigest, digest_of
+from edge_export.checkpoint.foreign import exists, weights_beside
 from edge_export.checkpoint.gguf_decoder import load_gguf_decoder
 from edge_export.checkpoint.gguf_file import GgufFile, MetadataValue, gguf_architecture
 from edge_export.checkpoint.gguf_tokenizer import build_tokenizer
 from edge_export.checkpoint.hf_decoder import load_hf_decoder
+from edge_export.checkpoint.safetensors_files import weights_files
 from edge_export.checkpoint.tokenizer import limit_vocabulary, load_tokenizer_files
 from edge_export.checkpoint.tokenizer_files import TokenizerFiles
 from edge_export.model.config import DecoderConfig, TensorSource
@@ -78,7 +81,7 @@ class DecoderCheckpoint:
 
 def _text(file: GgufFile, key: str) -> str | None:
     value = file.metadata.get(key)
-    return value if isinstance(value, str) and value else None
+    return value if isinstance(value, str) and value.strip() else None
 
 
 def _load_gguf(path: Path) -> DecoderCheckpoint:
@@ -100,16 +103,17 @@ def _load_gguf(path: Path) -> DecoderCheckpoint:
 
 def _load_directory(path: Path) -> DecoderCheckpoint:
     opened = load_hf_decoder(path)
+    template = find_chat_template(path)
     return DecoderCheckpoint(
         config=opened.config,
         source=opened.source,
-        warnings=opened.warnings,
+        warnings=(*opened.warnings, *template.warnings),
         format="safetensors",
         name=_directory_name(path),
         path=path,
         weights_files=opened.weights_files,
         licence=files.licence(path),
-        chat_template=files.chat_template(path),
+        chat_template=template.text,
     )
 
 
@@ -126,13 +130,24 @@ def _readable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
+def _without_model(directory: Path) -> str:
+    """What a directory holds that is no model's."""
+    nothing = "neither a config.json nor a .gguf file"
+    if (directory / "adapter_config.json").is_file():
+        return f"{nothing}: it is an adapter (LoRA); merge it into its model first"
+    if (directory / "snapshots").is_dir():
+        return f"{nothing}: it is a folder of the Hub's cache; give the one below snapshots/, or owner/name"
+    hint = weights_beside(directory)
+    return nothing if hint is None else f"{nothing}; {hint}"
+
+
 def find_model(path: Path) -> Path:
     """What to open for MODEL: a .gguf file, or a directory with config.json.
 
     A safetensors file stands for its directory; a directory whose only model is one .gguf, for that file.
     Raises CheckpointError if there is nothing to open or more than one candidate.
     """
-    if not path.exists():
+    if not exists(path):
         raise CheckpointError(f"{path}: there is no such file or directory")
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -146,13 +161,24 @@ def find_model(path: Path) -> Path:
                 f"{path}: the directory holds a GGUF file in parts ({names}); join them with "
                 "`llama-gguf-split --merge` and give the result"
             )
-        found = (
-            f"several GGUF files, name one: {names}" if ggufs else "neither a config.json nor a .gguf file"
-        )
+        found = f"several GGUF files, name one: {names}" if ggufs else _without_model(path)
         raise CheckpointError(f"{path}: the directory holds {found}")
     if path.suffix == ".safetensors":
-        return find_model(path.parent)
+        return _directory_of(path)
     return path
+
+
+def _directory_of(weights: Path) -> Path:
+    """The directory whose weights the file is. Raises CheckpointError for another file that lies in it."""
+    directory = find_model(weights.parent)
+    if directory.is_dir():
+        read = [file.name for file in weights_files(directory)]
+        if weights.name not in read:
+            raise CheckpointError(
+                f"{weights}: not the model's weights, which are in {read[0]} (merge an adapter "
+                "into them first)"
+            )
+    return directory
 
 
 def detect(path: Path) -> Literal["decoder", "encoder"]:

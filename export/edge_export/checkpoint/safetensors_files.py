@@ -14,12 +14,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from edge_export.checkpoint.files import read_json
+from edge_export.checkpoint.foreign import file_is, tensors_are, weights_beside
 from edge_reasoner.errors import CheckpointError
 from edge_reasoner.files import utf8_path
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
+#: types of weights that are not quantized, only rare
+_FLOATS = ("F64", "C64")
+_QUANTIZED = "are these quantized weights? Give the original ones, or a GGUF file"
 _MAX_FILES = 4096
 _COMPARED_ROWS = 4096
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -37,7 +41,7 @@ def weights_files(directory: Path) -> tuple[Path, ...]:
     if not index.is_file():
         raise CheckpointError(
             f"{directory}: no weights found; allowed are {SINGLE_FILE}, {INDEX_FILE} with its shards, "
-            "or a .gguf file"
+            "or a .gguf file" + _also(weights_beside(directory))
         )
     names = sorted(set(read_json(index, _Index).weight_map.values()))
     if not names or len(names) > _MAX_FILES:
@@ -48,6 +52,10 @@ def weights_files(directory: Path) -> tuple[Path, ...]:
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory / name}: missing, but {INDEX_FILE} lists it")
     return tuple(directory / name for name in names)
+
+
+def _also(hint: str | None) -> str:
+    return "" if hint is None else f"; {hint}"
 
 
 def _unread_adapters(directory: Path) -> tuple[str, ...]:
@@ -78,7 +86,8 @@ class SafetensorsFiles:
                         raise CheckpointError(f"{path}: the tensor {name!r} is already in another shard")
                     self._handles[name] = (path, handle)
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: corrupt or truncated safetensors file: {error}") from error
+                what = file_is(path) or f"corrupt or truncated safetensors file: {error}"
+                raise CheckpointError(f"{path}: {what}") from error
         if self.files[0].name != SINGLE_FILE:
             self._check_index()
 
@@ -121,6 +130,7 @@ class SafetensorsFiles:
         if (dtype := view.get_dtype()) not in _DTYPES:
             raise CheckpointError(
                 f"{path}: the tensor {name!r} is of type {dtype}; allowed are {', '.join(_DTYPES)}"
+                + _also(None if dtype in _FLOATS else tensors_are(self._handles) or _QUANTIZED)
             )
         return tuple(view.get_shape())
 

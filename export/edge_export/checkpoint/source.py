@@ -6,7 +6,7 @@ every later stage reads. Nothing is kept: each call reads, dequantizes and retur
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from edge_export.checkpoint.foreign import tensors_are
 from edge_export.model.config import DecoderConfig
 from edge_reasoner.errors import CheckpointError
 
@@ -23,6 +24,9 @@ class RawTensors(Protocol):
 
     def has(self, name: str) -> bool:
         """Whether the file has the tensor."""
+
+    def names(self) -> Iterable[str]:
+        """Every tensor name."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape in torch's order. Raises CheckpointError if it is missing."""
@@ -66,7 +70,11 @@ class CheckpointSource:
             if placement.zeros:
                 continue
             if not raw.has(placement.raw_name):
-                raise CheckpointError(f"{where}: the tensor {placement.raw_name!r} ({name}) is missing")
+                hint = tensors_are(raw.names())
+                raise CheckpointError(
+                    f"{where}: the tensor {placement.raw_name!r} ({name}) is missing"
+                    + (f"; {hint}" if hint else "")
+                )
             found = raw.shape(placement.raw_name)
             if found != placement.shape:
                 raise CheckpointError(

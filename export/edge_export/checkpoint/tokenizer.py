@@ -23,26 +23,22 @@ from edge_export.checkpoint.added_tokens import (
     tokens_of_side_files,
     with_added_tokens,
 )
+from edge_export.checkpoint.chat_template_files import MAX_CONFIG_BYTES, find_chat_template
 from edge_export.checkpoint.gguf_tokenizer import tokenizer_from_gguf
-from edge_export.checkpoint.json_file import read_json_object, read_text
+from edge_export.checkpoint.json_file import is_there, read_json_object, read_text
 from edge_export.checkpoint.sentencepiece_model import tokenizer_from_sentencepiece
 from edge_export.checkpoint.tokenizer_files import (
     END_OF_GENERATION,
-    MAX_CHAT_TEMPLATE_BYTES,
     MAX_TOKENIZER_JSON_BYTES,
     MAX_VOCAB_TOKENS,
     TokenizerFiles,
     canonical_json,
-    check_chat_template,
     dump_json,
     ordered_ids,
     parse_tokenizer,
 )
 from edge_reasoner.contract.bundle.tokenizer_files import tokenizer_faults
 from edge_reasoner.errors import CheckpointError
-
-#: Gemma's tokenizer_config.json lists every added token and has 1.2 MB.
-MAX_CONFIG_BYTES: Final = 16 * 1024 * 1024
 
 _SideFiles = Mapping[str, Mapping[str, Any]]
 _SIDE_FILES: Final = (
@@ -155,13 +151,13 @@ def _side_files(path: Path) -> tuple[dict[str, Mapping[str, Any]], tuple[str, ..
 
 
 def _read_directory(path: Path, side: _SideFiles) -> TokenizerFiles:
-    template = _chat_template(path, side["tokenizer_config.json"])
+    template = find_chat_template(path).text
     source = path / "tokenizer.json"
-    if source.is_file():
+    if is_there(source):
         text = read_text(source, MAX_TOKENIZER_JSON_BYTES)
         return _with_side_files(text, _NO_DEFAULTS, side, template, str(source))
     source = path / "tokenizer.model"
-    if source.is_file():
+    if is_there(source):
         base = tokenizer_from_sentencepiece(source)
         return _with_side_files(base.tokenizer_json.decode("utf-8"), base, side, template, str(source))
     raise CheckpointError(
@@ -227,6 +223,7 @@ def _with_side_files(
     roles, unknown = names.roles(side, {"bos_token": flag is not False, "eos_token": True})
     bos = base.bos_token_id if roles["bos_token"] is None else roles["bos_token"]
     eos = roles["eos_token"]
+    unknown = (*unknown, *_unknown_specials(side, tokenizer, where), *_bos_warnings(flag, bos, where))
     declared = (*names.declared_ids("generation_config.json", side), *names.declared_ids("config.json", side))
     if eos is None:
         eos = declared[0] if declared else next(iter(base.eos_token_ids), None)
@@ -246,6 +243,35 @@ def _with_side_files(
         vocab_size=names.vocab_size,
         warnings=(*warnings, *unknown),
     )
+
+
+def _unknown_specials(side: _SideFiles, tokenizer: Tokenizer, where: str) -> tuple[str, ...]:
+    """Warnings of special tokens that a side file names and no vocabulary has."""
+    named: dict[str, None] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        for field in ("additional_special_tokens", "extra_special_tokens"):
+            value = side[name].get(field)
+            entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
+            named.update((text, None) for text in texts if isinstance(text, str) and text)
+    unknown = [text for text in named if tokenizer.token_to_id(text) is None]
+    if not unknown:
+        return ()
+    shown = ", ".join(repr(text[:80]) for text in unknown[:3])
+    return (
+        f"{where}: {len(unknown)} special tokens that the files beside it name are not in it and are read as "
+        f"plain text: {shown}",
+    )
+
+
+def _bos_warnings(flag: Any, bos: int | None, where: str) -> tuple[str, ...]:
+    """Warnings of an `add_bos_token` that says nothing, or that nothing can follow."""
+    if flag is not None and not isinstance(flag, bool):
+        shown = repr(flag)[:40]
+        return (f"{where}: add_bos_token of tokenizer_config.json is {shown}, not true or false; left aside",)
+    if flag and bos is None:
+        return (f"{where}: add_bos_token is true, but there is no bos_token; none is added",)
+    return ()
 
 
 def _check_ids(tokenizer: Tokenizer, where: str) -> int:
@@ -328,20 +354,3 @@ class _Names:
                     f"token ids are 0 … {self.vocab_size - 1}"
                 )
         return tuple(listed)
-
-
-def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
-    """The default chat template: `chat_template.jinja` first, then the one in tokenizer_config.json."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return read_text(file, MAX_CHAT_TEMPLATE_BYTES)
-    where = str(path / "tokenizer_config.json")
-    value = config.get("chat_template")
-    if isinstance(value, list):  # several named templates
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise CheckpointError(f"{where}: chat_template must be a string, not {type(value).__name__}")
-    return check_chat_template(value, where)

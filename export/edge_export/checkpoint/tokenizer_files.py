@@ -18,6 +18,8 @@ MAX_TOKENIZER_JSON_BYTES: Final = 96 * 1024 * 1024
 MAX_CHAT_TEMPLATE_BYTES: Final = 256 * 1024
 MAX_VOCAB_TOKENS: Final = 1 << 21
 MAX_TOKEN_BYTES: Final = 4096
+#: −1 as an unsigned number: what some converters write for "none"
+UNSET_ID: Final = 0xFFFFFFFF
 
 #: words, digits, spaces, another script, what no vocabulary has: whatever a tokenizer does, it does here
 _TRIAL: Final = " Hello, world! 123\n\t don't  größe 你好 🙂 \U000fabcd"
@@ -82,6 +84,8 @@ def parse_tokenizer(text: str, where: str) -> Tokenizer:
     with tokenizer_faults(where, CheckpointError):
         tokenizer = Tokenizer.from_str(text)
         tokenizer.no_truncation()
+        if getattr(tokenizer.model, "dropout", None):
+            tokenizer.model.dropout = None  # merges left out at random are for training alone
         tokenizer.no_padding()  # before the trial: a hostile fixed padding would fill the memory
         tokenizer.decode(tokenizer.encode(_TRIAL).ids)
     return tokenizer

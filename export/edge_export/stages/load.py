@@ -29,6 +29,13 @@ def load(run: Run, found: Found) -> Loaded:
             f"the chat template exceeds {MAX_TEMPLATE_BYTES} bytes and was left out",
         )
         template = None
+    if isinstance(checkpoint, DecoderCheckpoint) and not (
+        checkpoint.config.eos_token_ids or tokenizer.eos_token_ids
+    ):
+        warnings = (
+            *warnings,
+            f"{found.path}: names no token that ends a text (eos_token_id): answers end at max_tokens only",
+        )
     if template is not None:
         warnings = (*warnings, *check_chat_template_works(template, tokenizer, str(found.path)))
     return extend(

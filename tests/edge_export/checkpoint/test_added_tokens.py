@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,7 @@ CONTRADICTIONS = {
     ),
     "negative": ({"added_tokens": {"<a>": -1}}, "'<a>' has the id -1; allowed is 0"),
     "huge": ({"added_tokens": {"<a>": 1 << 40}}, "allowed is 0 to"),
-    "no number": ({"added_tokens": {"<a>": "x"}}, "'<a>' has the id x"),
+    "no number": ({"added_tokens": {"<a>": "x"}}, "'<a>' has the id 'x'"),
     "no text": ({"added_tokens": {"": 256}}, "the added token 256 must have 1 to"),
     "no object": ({"tokenizer_config": {"added_tokens_decoder": [1]}}, "must be an object"),
     "odd entry": (
@@ -147,3 +148,28 @@ def test_roles_that_nobody_needs(tmp_path):
     files = load_tokenizer_files(write(tmp_path / "m", byte_level(), tokenizer_config=config))
     assert (files.pad_token, files.unk_token, files.bos_token, files.add_bos) == (None, None, None, False)
     assert [warning.count("which is not a token") for warning in files.warnings] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [
+        ({"tokenizer_config": {"additional_special_tokens": ["<zz>"]}}, "read as plain text: '<zz>'"),
+        ({"tokenizer_config": {"extra_special_tokens": {"image_token": "<zz>"}}}, "plain text: '<zz>'"),
+        ({"special_tokens_map": {"additional_special_tokens": [{"content": "<zz>"}]}}, "plain text: '<zz>'"),
+        ({"tokenizer_config": {"add_bos_token": True}}, "there is no bos_token; none is added"),
+        ({"tokenizer_config": {"add_bos_token": "false"}}, "add_bos_token .* is 'false', not true or false"),
+    ],
+)
+def test_what_side_files_name_in_vain(side, message, tmp_path):
+    """Special tokens that no vocabulary has, and a BOS that cannot be added, are warnings."""
+    (warning,) = load_tokenizer_files(write(tmp_path / "m", byte_level(), **side)).warnings
+    assert re.search(message, warning)
+
+
+def test_merges_left_out_at_random(tmp_path):
+    """A tokenizer saved with BPE dropout encodes the same text to the same ids, every time."""
+    content = byte_level()
+    content["model"]["vocab"]["he"] = 256
+    content["model"] |= {"merges": ["h e"], "dropout": 0.9}
+    _, tokenizer = loaded(write(tmp_path / "m", content))
+    assert ids(tokenizer, "he" * 40) == [256] * 40

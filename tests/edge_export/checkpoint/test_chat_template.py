@@ -49,3 +49,15 @@ def test_shapes_that_fail_are_warnings(tokenizer):
         "takes no conversation with a system message (chat template: no system)" in w for w in warnings
     )
     assert any("'nobody' is undefined: the device refuses conversations with a second" in w for w in warnings)
+
+
+@pytest.mark.parametrize("marker", ["<|im_start|>", "<start_of_turn>", "<｜User｜>"])
+def test_markers_that_are_no_tokens_are_a_warning(tokenizer, marker):
+    """A template of another model's markers: they would be read as plain text."""
+    warnings = check_chat_template_works(f"{marker}{TEMPLATE}", tokenizer, "m")
+    assert len(warnings) == 1 and f"writes '{marker}', which is no token" in warnings[0]
+
+
+def test_markers_that_are_tokens_are_none(tokenizer):
+    """<|im_end|> is a token of the tiny tokenizer; what only looks like a marker is none."""
+    assert check_chat_template_works(f"<|im_end|>a < b |> c{TEMPLATE}", tokenizer, "m") == ()

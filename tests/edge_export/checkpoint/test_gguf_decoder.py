@@ -178,7 +178,7 @@ def test_unsupported_metadata(extra, message, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b"llama.block_count", b"llama.block_cound", "block_count is 'None'; it must be an integer"),
+        (b"llama.block_count", b"llama.block_cound", "block_count is missing"),
         (
             b"\x05\x00\x00\x00\x00\x00\x00\x00llama",
             b"\x05\x00\x00\x00\x00\x00\x00\x00mamba",

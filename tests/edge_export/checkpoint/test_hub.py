@@ -96,13 +96,20 @@ def test_existing_paths_win(tmp_path):
     assert resolve_model(str(tmp_path)) == tmp_path
 
 
-@pytest.mark.parametrize("model", ["nope", "../a/b", "a/b/c", "a b/c", "a/b/../c.bin", ""])
+@pytest.mark.parametrize(
+    "model", ["nope", "../a/b", "a/b/c", "a b/c", "a/b/../c.bin", "missing.gguf", "x" * 5000, "~nobody9/x"]
+)
 def test_neither_path_nor_id(model, tmp_path, monkeypatch):
     """What is neither a path nor a Hub id says what is allowed, without asking anybody."""
     monkeypatch.chdir(tmp_path)
-    if model == "":
-        model = "missing.gguf"
     with pytest.raises(CheckpointError, match=r"owner/name or owner/name/file\.gguf"):
+        resolve_model(model)
+
+
+@pytest.mark.parametrize("model", ["", "  "])
+def test_an_empty_name_is_not_this_folder(model):
+    """An unset variable of a script does not export what lies in the current folder."""
+    with pytest.raises(CheckpointError, match="the model is an empty name"):
         resolve_model(model)
 
 

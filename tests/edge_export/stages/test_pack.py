@@ -78,6 +78,12 @@ def test_a_folder_that_cannot_be_written(tmp_path):
             pass
 
 
+def test_a_name_that_the_system_refuses(tmp_path):
+    """A name that is too long is found before the work, as input that cannot be used."""
+    with pytest.raises(InputError, match="cannot be written"):
+        check_destination(tmp_path / ("x" * 300))
+
+
 def test_file_entries_are_sizes_and_digests(tmp_path):
     """Sorted by path, hashed by hashlib, sizes in bytes."""
     (tmp_path / "a").mkdir()

@@ -76,14 +76,6 @@ def what_it_is(head: bytes) -> str | None:
     return None
 
 
-def exists(path: Path) -> bool:
-    """Whether there is such a file or folder; what the system refuses as a name (too long) does not exist."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
-
-
 def file_is(path: Path) -> str | None:
     """`what_it_is` of a file; None also where it cannot be read."""
     try:

@@ -6,7 +6,6 @@ import os
 import re
 from pathlib import Path
 
-from edge_export.checkpoint.foreign import exists
 from edge_reasoner.errors import CheckpointError, one_line
 from edge_reasoner.files import exists
 from edge_reasoner.machine.quiet import silence_telemetry

@@ -15,7 +15,7 @@ import msgspec
 from edge_export.checkpoint import files
 from edge_export.checkpoint.chat_template_files import find_chat_template
 from edge_export.checkpoint.digest import WeightsDigest, digest_of
-from edge_export.checkpoint.foreign import exists, weights_beside
+from edge_export.checkpoint.foreign import weights_beside
 from edge_export.checkpoint.gguf_decoder import load_gguf_decoder
 from edge_export.checkpoint.gguf_file import GgufFile, MetadataValue, gguf_architecture
 from edge_export.checkpoint.gguf_tokenizer import build_tokenizer
@@ -26,6 +26,7 @@ from edge_export.checkpoint.tokenizer_files import TokenizerFiles
 from edge_export.model.config import DecoderConfig, TensorSource
 from edge_export.model.tensors import parameter_count
 from edge_reasoner.errors import CheckpointError
+from edge_reasoner.files import exists
 
 #: `model_type` or `general.architecture` of the encoders that the encoder loader takes
 ENCODER_TYPES = frozenset({"bert"})

@@ -71,8 +71,13 @@ def _temporary_folder() -> Path:
             f"a .tar needs a place to be unpacked to, and there is none: {error.strerror or error};"
             " set EDGE_REASONER_CACHE, or unpack it and give the directory"
         ) from error
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(_remove, folder, os.getpid())
     return folder
+
+
+def _remove(folder: Path, pid: int) -> None:
+    if pid == os.getpid():  # the end of a forked child is not its parent's
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _evict(used: Path, limit_bytes: int, now_s: float) -> None:

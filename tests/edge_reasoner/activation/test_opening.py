@@ -104,6 +104,27 @@ def test_without_a_cache_a_temporary_folder_is_used_and_removed(
     assert done.stdout.startswith(str(tmp_path / "tmp")) and not list((tmp_path / "tmp").iterdir())
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_childs_end_leaves_the_temporary_folder(archive: Path, tmp_path: Path) -> None:
+    """The folder vanishes when the process that made it ends, not when a child of it does."""
+    program = (
+        "import os, sys\nfrom edge_reasoner.activation.opening import open_bundle_at\n"
+        "root = open_bundle_at(sys.argv[1], None).root\n"
+        "child = os.fork()\n"
+        "if child == 0: sys.exit()\n"
+        "os.waitpid(child, 0)\nprint(root.is_dir())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(archive)],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == "True\n" and not list(tmp_path.iterdir())
+
+
 def test_the_cache_is_bounded(archive: Path, tmp_path: Path) -> None:
     """The longest unused goes first; what was used within the hour, and the one just opened, stay."""
     now_s = 1_700_000_000.0

@@ -50,21 +50,34 @@ class AnswerUnderWay:
         self._model: str | None = None
         self._usage: Usage | None = None
         self._called_tools = self._refused = False
+        self._index: float | None = None
+        #: as received
+        self._texts, self._ideas = list[str](), list[str]()
+        self._only_messages = True
 
     def add(self, part: Part) -> ChatPiece:
         """Adds a part; returns the text and the thinking that may be shown now."""
         self._model = part.model or self._model
         self._usage = part.usage or self._usage
+        if self._index is None:
+            self._index = part.index
+        elif part.index not in (None, self._index):
+            return ChatPiece("", "")  # of another answer, which nobody asked for
         self._called_tools |= part.called_tools
         self._refused |= part.refused
-        self.remark = part.remark or self.remark
-        self._chars += len(part.text) + len(part.thinking)
+        self.remark = part.remark or ("" if part.text else self.remark)
+        new_text, new_thinking = (
+            self._new(part, self._texts, part.text),
+            self._new(part, self._ideas, part.thinking),
+        )
+        self._only_messages &= part.is_message or not part.text
+        self._chars += len(new_text) + len(new_thinking)
         self.too_long = self._chars > self._limits.answer_chars
         thought = ""
-        if part.thinking:
-            thought = self._thoughts.push(self._thought_halves.push(part.thinking))
+        if new_thinking:
+            thought = self._thoughts.push(self._thought_halves.push(new_thinking))
             self._thinking.append(thought)
-        text = self._pieces.push(self._stop.push(self._halves.push(part.text)))
+        text = self._pieces.push(self._stop.push(self._halves.push(new_text)))
         if part.finish_reason is not None:
             self._finish = part.finish_reason
             if not self.complete:
@@ -82,6 +95,8 @@ class AnswerUnderWay:
 
     def _flaw(self) -> CloudProtocolError | None:
         """Why a complete reply is no answer, or None."""
+        if self.remark and self._finish is None and self.shown:
+            return CloudProtocolError(f"the answer broke off: {one_line(self.remark)}")
         if self._has_words:
             return None
         if self._refused or self._finish == "content_filter":
@@ -108,6 +123,18 @@ class AnswerUnderWay:
     def cancelled(self) -> CloudResult:
         """How it ended if its reader gave it up."""
         return CloudResult("", None, self._tidy(self._model or self._asked_model), "cancelled", None)
+
+    def _new(self, part: Part, before: list[str], said: str) -> str:
+        """What of a text was not said before: a message may say it all again."""
+        if part.is_message and before and said:
+            so_far = "".join(before)
+            if said.startswith(so_far):
+                said = said[len(so_far) :]
+            elif not self._only_messages:
+                return ""
+        if said:
+            before.append(said)
+        return said
 
     def _shown(self, text: str) -> str:
         self.shown |= bool(text)

@@ -10,6 +10,10 @@ from edge_reasoner.errors import CloudProtocolError, CloudUnavailableError
 _PIECE_BYTES = 64 * 1024
 _GZIP_OR_ZLIB = zlib.MAX_WBITS | 32
 _NAMES = frozenset(("gzip", "x-gzip", "deflate"))
+#: said of bytes that are not packed
+_UNPACKED = frozenset(
+    ("identity", "none", "null", "utf-8", "utf8", "binary", "7bit", "8bit", "chunked", "aws-chunked")
+)
 
 
 def unpacked(chunks: Iterable[bytes], encoding: str, limit_bytes: int) -> Iterator[bytes]:
@@ -19,7 +23,7 @@ def unpacked(chunks: Iterable[bytes], encoding: str, limit_bytes: int) -> Iterat
     than a piece of the excess is made; CloudUnavailableError for data that is broken or cut off.
     """
     names = [name.strip().lower() for name in encoding.split(",") if name.strip()]
-    names = [name for name in names if name != "identity"]
+    names = [name for name in names if name not in _UNPACKED]
     if not names:
         yield from _bounded(chunks, limit_bytes)
     elif len(names) == 1 and names[0] in _NAMES:

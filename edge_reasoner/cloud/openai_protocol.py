@@ -17,7 +17,7 @@ from edge_reasoner.cloud.faults import Fault, parse_fault
 from edge_reasoner.cloud.model_list import ListedModel, first_chat_model
 from edge_reasoner.cloud.pump import pumped
 from edge_reasoner.cloud.redact import scrubbed, shown_url
-from edge_reasoner.cloud.replies import read_answer
+from edge_reasoner.cloud.replies import FailedAnswerError, read_answer
 from edge_reasoner.cloud.retry import RetryError, is_passing, retry_after_s
 from edge_reasoner.cloud.transport import Reply, Transport
 from edge_reasoner.errors import (
@@ -180,6 +180,12 @@ class OpenAIModel:
                 )
             try:
                 yield from read_answer(reply.chunks(self._limits.response_bytes), answer, self._limits)
+            except FailedAnswerError as error:
+                failed = CloudProtocolError(f"{self._url}: {error}")
+                if answer.shown:
+                    raise failed from error
+                # gateways report what the server behind them refuses with status 200
+                raise _RefusedError(failed, reply.status, error.fault) from error
             except CloudProtocolError as error:
                 raise CloudProtocolError(f"{self._url}: {error}") from error
             except CloudUnavailableError as error:

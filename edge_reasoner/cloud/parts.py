@@ -6,6 +6,7 @@ finish reason) in odd shapes count as unknown; they never cost an answer that ar
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,15 @@ from edge_reasoner.errors import CloudProtocolError
 
 _MAX_TOKENS = 2**40
 _MAX_NAME_CHARS = 200
-_TEXT_PARTS = frozenset(("text", "output_text", "input_text", None))
+_TEXT_PARTS = frozenset(("text", "output_text", "input_text", "text_delta", "output_text_delta", None))
 _THINKING_PARTS = frozenset(
-    ("thinking", "reasoning", "reasoning_content", "reasoning_text", "redacted_thinking")
+    (
+        *("thinking", "thinking_delta", "redacted_thinking", "thought", "reasoning", "reasoning_delta"),
+        *("reasoning_content", "reasoning_text", "reasoning.text", "reasoning.summary", "summary_text"),
+    )
 )
+#: where an answer's thinking stands beside it
+_THINKING_KEYS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
 _REASONS = {
     "eos": "stop",
     "eos_token": "stop",
@@ -28,13 +34,14 @@ _REASONS = {
     "max_tokens": "length",
     "model_length": "length",
 }
-#: what servers write when they gave up in mid-answer
-_FAILED = frozenset(
-    (
-        *("error", "failed", "failure", "abort", "aborted", "cancelled", "canceled", "timeout", "overloaded"),
-        *("network_error", "server_error", "internal_error", "model_error", "insufficient_system_resource"),
-    )
+#: in what servers write when they gave up in mid-answer
+_FAILED = re.compile(
+    r"error|fail|abort|cancel|time_?d?_?out|overload|interrupt|unavailable|exhaust|disconnect|crash"
+    r"|exception|insufficient|preempt|killed|rate_?limit"
 )
+_FINE_WORDS = frozenset(("", "null", "none", "ok", "success"))
+#: gateways put the reply of the server behind them in here
+_WRAPPERS = ("data", "result", "response")
 
 
 class EndpointFailedError(Exception):
@@ -58,10 +65,14 @@ class Part:
     refused: bool = False
     #: the chunk is no part of an answer; what it says may explain why none comes
     remark: str = ""
+    #: which of several answers it is part of, where the endpoint counts them
+    index: float | None = None
+    #: not a delta: it may hold again all that came before
+    is_message: bool = False
 
 
-def parse_part(data: bytes | str, *, first: bool = True) -> Part:
-    """One chunk or a whole reply. `first`: no text came before it (a last chunk may repeat all of it).
+def parse_part(data: bytes | str) -> Part:
+    """One chunk or a whole reply.
 
     Raises EndpointFailedError; CloudProtocolError for what cannot be part of an answer.
     """
@@ -73,35 +84,40 @@ def parse_part(data: bytes | str, *, first: bool = True) -> Part:
         value = value[0]
     if not isinstance(value, dict):
         raise CloudProtocolError(f"not a chat completion: {type(value).__name__} instead of an object")
+    value = _unwrapped(value)
+    vendor = value["x_groq"] if isinstance(value.get("x_groq"), dict) else {}
     if _is_fault(value.get("error")) or "error" in (value.get("object"), value.get("type")):
         raise EndpointFailedError(fault_of(value))
-    choices = value.get("choices")
+    if _is_fault(vendor.get("error")):
+        raise EndpointFailedError(fault_of(vendor))
+    choices = value.get("choices") or None
     if choices is not None and not isinstance(choices, list):
         raise CloudProtocolError(f"not a chat completion: choices is {type(choices).__name__}")
     choice = _first_choice(choices or [])
-    usage, model = _usage(value.get("usage")), _name(value.get("model"))
+    usage, model = _usage(value.get("usage")) or _usage(vendor.get("usage")), _name(value.get("model"))
     if choice is None:
         return Part(model=model, usage=usage, remark="" if choices or usage else fault_of(value).message)
-    return _answer(choice, model, usage or _usage(choice.get("usage")), first)
+    status = value.get("status")
+    if isinstance(status, str) and _FAILED.search(status.lower()):
+        raise EndpointFailedError(Fault(f"status {status!r}"))
+    return _answer(choice, model, usage or _usage(choice.get("usage")))
 
 
-def _answer(choice: dict[str, Any], model: str | None, usage: Usage | None, first: bool) -> Part:
+def _answer(choice: dict[str, Any], model: str | None, usage: Usage | None) -> Part:
     if _is_fault(choice.get("error")):
         raise EndpointFailedError(fault_of(choice))
-    reason = _reason(choice.get("finish_reason"))
-    if reason in _FAILED:
+    said = _said(choice)
+    if _is_fault(said.get("error")):
+        raise EndpointFailedError(fault_of(said))
+    reason = _reason(choice.get("finish_reason") or said.get("finish_reason"))
+    if reason is None and "finish_reason" not in choice:
+        reason = _reason(choice.get("stop_reason") or choice.get("finishReason"))
+    if reason is not None and _FAILED.search(reason.lower()):
         raise EndpointFailedError(Fault(f"finish reason {reason!r}"))
-    said = choice.get("delta")
-    if said is None and first:
-        said = choice.get("message")
-    if said is None:
-        said = {"content": choice.get("text")}
-    if not isinstance(said, dict):
-        raise CloudProtocolError(f"not a chat completion: a delta of type {type(said).__name__}")
     text, thinking = _content(said.get("content"))
-    for key in ("reasoning_content", "reasoning", "thinking"):
+    for key in _THINKING_KEYS:
         # servers that send two of these send the same twice
-        if not thinking and isinstance(said.get(key), (str, list)):
+        if not thinking and said.get(key) and isinstance(said[key], (str, list, dict)):
             thinking = "".join(_content(said[key]))
     refusal = said.get("refusal")
     # what a model says when it refuses is its answer
@@ -114,22 +130,60 @@ def _answer(choice: dict[str, Any], model: str | None, usage: Usage | None, firs
         usage,
         called_tools=bool(said.get("tool_calls") or said.get("function_call")),
         refused=bool(refusal),
+        index=_index(choice),
+        is_message=bool(not choice.get("delta") and choice.get("message")),
     )
 
 
+def _said(choice: dict[str, Any]) -> dict[str, Any]:
+    """What a choice says: a delta, a whole message or a text."""
+    # an empty list is what some languages write for an empty object
+    said = choice.get("delta") or None
+    if said is None:
+        said = choice.get("message") or None
+    if said is None:
+        return {"content": choice.get("text")}
+    if isinstance(said, str):
+        return {"content": said}
+    if not isinstance(said, dict):
+        raise CloudProtocolError(f"not a chat completion: a delta of type {type(said).__name__}")
+    return said
+
+
+def _unwrapped(value: dict[str, Any]) -> dict[str, Any]:
+    if "choices" not in value:
+        for key in _WRAPPERS:
+            inner = value.get(key)
+            if isinstance(inner, dict) and isinstance(inner.get("choices"), list):
+                return {**value, **inner}
+    return value
+
+
 def _is_fault(value: Any) -> bool:
-    return any(value.values()) if isinstance(value, dict) else bool(value)
+    if isinstance(value, dict):
+        code, text = value.get("code"), value.get("message")
+        if code in (0, "0", None) and isinstance(text, str) and text.strip().lower() in _FINE_WORDS:
+            return any(item for key, item in value.items() if key not in ("code", "message"))
+        return any(value.values())
+    return value.strip().lower() not in _FINE_WORDS if isinstance(value, str) else bool(value)
 
 
 def _first_choice(choices: list[Any]) -> dict[str, Any] | None:
-    """The answer asked for, where an endpoint sends several."""
+    """The answer asked for, where an endpoint sends several: the first of them, whatever it counts from."""
+    found: dict[str, Any] | None = None
     for choice in choices:
+        if choice is None:
+            continue
         if not isinstance(choice, dict):
             raise CloudProtocolError(f"not a chat completion: a choice of type {type(choice).__name__}")
-        index = choice.get("index")
-        if isinstance(index, bool) or not isinstance(index, (int, float)) or index == 0:
-            return choice
-    return None
+        if found is None or (_index(choice) or 0) < (_index(found) or 0):
+            found = choice
+    return found
+
+
+def _index(choice: dict[str, Any]) -> float | None:
+    index = choice.get("index")
+    return index if isinstance(index, (int, float)) and not isinstance(index, bool) else None
 
 
 def _content(value: Any) -> tuple[str, str]:
@@ -142,14 +196,16 @@ def _content(value: Any) -> tuple[str, str]:
         if isinstance(part, str):
             text += part
             continue
+        if isinstance(value, list) and not part:
+            continue
         if not isinstance(part, dict) or not part:
             raise CloudProtocolError(f"not a chat completion: content of type {type(value).__name__}")
         kind = part.get("type")
         kind = kind if isinstance(kind, str) else None
-        if kind in _THINKING_PARTS:
+        if kind in _THINKING_PARTS or part.get("thought") is True:
             thinking += _thought(part)
         elif kind in _TEXT_PARTS or kind == "refusal":
-            inner = part.get("text") if kind != "refusal" else part.get("refusal")
+            inner = part.get("refusal") if kind == "refusal" else part.get("text", part.get("content"))
             if isinstance(inner, dict):
                 inner = inner.get("value")
             text += inner if isinstance(inner, str) else ""
@@ -157,7 +213,7 @@ def _content(value: Any) -> tuple[str, str]:
 
 
 def _thought(part: dict[str, Any]) -> str:
-    for key in ("thinking", "reasoning", "text", "content"):
+    for key in ("thinking", "reasoning", "text", "summary", "content"):
         value = part.get(key)
         if isinstance(value, str):
             return value
@@ -172,6 +228,8 @@ def _has_text(item: Any) -> bool:
 
 def _reason(value: Any) -> str | None:
     """A finish reason; None while the answer goes on. A reason in an odd shape is "unknown"."""
+    if isinstance(value, dict):
+        value = next((word for key in ("type", "reason", "name") if (word := value.get(key))), "unknown")
     if not value or (isinstance(value, str) and value.strip().lower() in ("", "null", "none")):
         return None
     if not isinstance(value, str):

@@ -3,7 +3,8 @@ bounded total. Work grows with the bytes; lines that mean nothing (comments, unk
 row) are passed over many at once.
 
 Different from the standard in one thing: an event that the end of the stream cuts off is given too, marked
-as not `whole`; endpoints that forget the last empty line are common.
+as not `whole`; endpoints that forget the last empty line are common. A caller may want
+more taken than that.
 """
 
 from __future__ import annotations
@@ -17,8 +18,21 @@ from edge_reasoner.errors import CloudProtocolError
 #: lines that are neither empty nor `data` or `event`
 _UNKNOWN_LINES = re.compile(rb"^(?!(?:data|event)[:\n])[^\n]+\n", re.MULTILINE)
 #: a run of empty lines, or a field with its value
-_MEANING = re.compile(rb"^(?:\n+|(data|event)(?::[ ]?([^\n]*))?\n)", re.MULTILINE)
+_MEANING = re.compile(rb"^(?:\n+|(?P<field>data|event)(?::[ ]?(?P<value>[^\n]*))?\n)", re.MULTILINE)
 _BOM = b"\xef\xbb\xbf"
+#: the same for streams of servers that know the standard by hearsay: fields indented or in other letters,
+#: `error` as a field, JSON and [DONE] without one
+_INDENT = rb"(?:[ \t]|" + re.escape(_BOM) + rb")*"
+_BARE = rb"\{[^\n]*\}|\"?\[done\]\"?"
+_LENIENT_UNKNOWN = re.compile(
+    rb"^(?!(?:data|event)[:\n]|%b(?:(?:data|error|exception):|(?:%b)[ \t]*\n))[^\n]+\n" % (_INDENT, _BARE),
+    re.MULTILINE | re.IGNORECASE,
+)
+_LENIENT_MEANING = re.compile(
+    rb"^(?:\n+|%b(?P<field>data|event|error|exception)(?::[ ]?(?P<value>[^\n]*))?\n|%b(?P<bare>%b)[ \t]*\n)"
+    % (_INDENT, _INDENT, _BARE),
+    re.MULTILINE | re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -30,24 +44,40 @@ class Event:
     whole: bool = True
 
 
-def read_events(chunks: Iterable[bytes], *, line_bytes: int, response_bytes: int) -> Iterator[Event]:
+def read_events(
+    chunks: Iterable[bytes],
+    *,
+    line_bytes: int,
+    response_bytes: int,
+    lenient: bool = False,
+) -> Iterator[Event]:
     """The events of a byte stream, however it is cut. Ids, retry times, comments and events without data
     are skipped; bytes that are not UTF-8 become U+FFFD, as the standard says.
 
-    Raises CloudProtocolError for a line or a response beyond its bound.
+    `lenient` also takes what servers send that know the standard by hearsay: fields that are indented or in
+    capitals, `error:` as a field (an event of that name), JSON or [DONE] on a line of its own, and an event
+    without data. Raises CloudProtocolError for a line or a response beyond its bound.
     """
     name, data = "", list[str]()
+    unknown, meaning = (_LENIENT_UNKNOWN, _LENIENT_MEANING) if lenient else (_UNKNOWN_LINES, _MEANING)
     for block in _whole_lines(chunks, line_bytes, response_bytes):
-        for found in _MEANING.finditer(_UNKNOWN_LINES.sub(b"", block)):
-            field, value = found.groups(b"")
+        for found in meaning.finditer(unknown.sub(b"", block)):
+            field, value, bare = (
+                found.group("field") or b"",
+                found.group("value") or b"",
+                found.groupdict().get("bare"),
+            )
+            field = field.lower()
             if field == b"data":
                 data.append(value.decode("utf-8", "replace"))
-            elif field:
+            elif field == b"event":
                 name = value.decode("utf-8", "replace")
             else:
-                if data:
+                if data or (name and lenient):
                     yield Event(name or "message", "\n".join(data))
                 name, data = "", []
+                if bare or field:
+                    yield Event("error" if field else "message", (bare or value).decode("utf-8", "replace"))
     if data:
         yield Event(name or "message", "\n".join(data), whole=False)
 

@@ -58,6 +58,45 @@ def _raw_deflate(data: bytes) -> bytes:
         ),
         "nothing": (HEAD + DONE, "empty"),
         "nothing, explained": (HEAD + _event({"detail": "model is loading"}) + DONE, "model is loading"),
+        "half, then a remark": (HEAD + event("x") + _event({"detail": "it died"}) + DONE, "it died"),
+        "half, then a code": (
+            HEAD + event("x") + _event({"code": 500, "message": "it died"}) + DONE,
+            "it died",
+        ),
+        "half, then errors": (
+            HEAD + event("x") + _event({"errors": [{"message": "it died"}]}) + DONE,
+            "it died",
+        ),
+        "error without data:": (
+            HEAD + event("x") + b'{"error": {"message": "it died"}}\n\n' + DONE,
+            "it died",
+        ),
+        "error as a field": (
+            HEAD + event("x") + b'error: {"code": 500, "message": "it died"}\n\n' + DONE,
+            "it died",
+        ),
+        "error event without data": (HEAD + event("x") + b"event: error\n\n" + DONE, "reports an error"),
+        "event of another name": (
+            HEAD + event("x") + b"event: server_error\ndata: it died\n\n" + DONE,
+            "it died",
+        ),
+        "error of a vendor": (
+            HEAD + event("x") + _event({"choices": [], "x_groq": {"error": "it died"}}),
+            "it died",
+        ),
+        "error in a delta": (HEAD + event("x") + _chunk({"error": {"message": "it died"}}) + DONE, "it died"),
+        "text as data": (HEAD + b"data: Internal Server Error\n\n" + DONE, "Internal Server Error"),
+        "status failed": (
+            status(200, body=b'{"status": "failed", "choices": [{"message": {"content": "half"}}]}'),
+            "failed",
+        ),
+        "finish reason in an object": (HEAD + event("x") + _chunk({}, {"type": "abort"}) + DONE, "abort"),
+        "finish reason of a provider": (
+            HEAD + event("x") + event(None, "upstream_timeout") + DONE,
+            "timeout",
+        ),
+        "a page": (_head() + b"<!DOCTYPE html><html>please log in</html>", "HTML"),
+        "a page called a stream": (HEAD + b"\n<?xml version='1.0'?><Error/>", "HTML or XML"),
         "only spaces": (HEAD + event(" \n", "stop") + DONE, "empty"),
         "only thoughts": (HEAD + _chunk({"reasoning_content": "hm"}) + event(None, "length"), "more tokens"),
         "only tools": (HEAD + _chunk({"tool_calls": [{}]}, "tool_calls") + DONE, "tools"),
@@ -133,6 +172,52 @@ def test_unfinished_is_not_an_answer(ask, reply) -> None:
         "whole message at the end": HEAD
         + event("Hello")
         + _event({"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}),
+        "message after message": HEAD
+        + _event({"choices": [{"message": {"content": "Hel"}}]})
+        + _event({"choices": [{"message": {"content": "lo"}}]})
+        + DONE,
+        "messages that grow": HEAD
+        + _event({"choices": [{"message": {"content": "Hel"}}]})
+        + _event({"choices": [{"message": {"content": "Hello"}}]})
+        + DONE,
+        "no empty lines": HEAD + BODY.replace(b"\n\n", b"\n"),
+        "no empty lines, no [DONE]": HEAD + (event("Hello") + event(None, "stop")).replace(b"\n\n", b"\n"),
+        "data: twice": HEAD + BODY.replace(b"data: ", b"data: data: "),
+        "Data:, indented": HEAD + BODY.replace(b"data: ", b" Data: "),
+        "BOM at each event": HEAD + BODY.replace(b"data: ", b"\xef\xbb\xbfdata: "),
+        "JSON lines": _head() + BODY.replace(b"data: ", b"").replace(b"\n\n", b"\n"),
+        "comments before JSON": _head("Content-Type: application/json")
+        + b": PROCESSING\n\n: PROCESSING\n\n"
+        + b'{"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}',
+        "[DONE] in quotes": HEAD + event("Hello") + b'data: "[DONE]"\n\n',
+        "[done] without data:": HEAD + event("Hello") + b"[done]\n\n",
+        "garbage after the end": HEAD + event("Hello", "stop") + b"data: {garbage\n\n",
+        "counted from 1": HEAD
+        + _event({"choices": [{"index": 1, "delta": {"content": "Hello"}}]})
+        + _event({"choices": [{"index": 1, "delta": {}, "finish_reason": "stop"}]}),
+        "another answer later": HEAD
+        + event("Hello")
+        + _event({"choices": [{"index": 1, "delta": {"content": "no"}, "finish_reason": "stop"}]})
+        + DONE,
+        "delta as text": HEAD + _chunk("Hello", "stop"),
+        "delta an empty list": HEAD + _chunk([]) + BODY,
+        "message as text": status(200, body=b'{"choices": [{"message": "Hello", "finish_reason": "stop"}]}'),
+        "choices of nothing": HEAD + _event({"choices": {}}) + _event({"choices": [None]}) + BODY,
+        "part of nothing": HEAD + _chunk({"content": [None, {}, {"type": "text", "text": "Hello"}]}, "stop"),
+        "part with content": HEAD + _chunk({"content": [{"type": "text", "content": "Hello"}]}, "stop"),
+        "part of a delta": HEAD + _chunk({"content": [{"type": "text_delta", "text": "Hello"}]}, "stop"),
+        "finish in the delta": HEAD + _chunk({"content": "Hello", "finish_reason": "stop"}),
+        "stop reason": HEAD
+        + _event({"choices": [{"delta": {"content": "Hello"}, "stop_reason": "end_turn"}]}),
+        "error without meaning": HEAD
+        + event("Hello", error="null")
+        + event(None, "stop", error={"code": 0, "message": "success"}),
+        "wrapped": HEAD
+        + _event(
+            {"code": 0, "data": {"choices": [{"delta": {"content": "Hello"}, "finish_reason": "stop"}]}}
+        ),
+        "encoding utf-8": _head("Content-Encoding: utf-8") + BODY,
+        "encoding none": _head("Content-Encoding: none") + BODY,
         "text choice": HEAD + _event({"choices": [{"text": "Hello", "finish_reason": "stop"}]}) + DONE,
         "odd finish": HEAD + _chunk({"content": "Hello"}, {"type": "stop"}),
         "error null": HEAD
@@ -198,6 +283,10 @@ def test_usage_is_counts_or_unknown(ask, usage, expected) -> None:
             {"content": "42"},
         ],
         [{"content": [{"type": "reasoning", "text": "so it is"}, {"type": "text", "text": "4"}, "2"]}],
+        [{"content": [{"text": "so it is", "thought": True}, {"text": "42"}]}],
+        [{"content": [{"type": "thinking_delta", "thinking": "so it is"}, {"type": "text", "text": "42"}]}],
+        [{"reasoning": {"text": "so it is"}}, {"content": "42"}],
+        [{"reasoning_details": [{"type": "reasoning.text", "text": "so it is"}]}, {"content": "42"}],
         [{"content": [{"type": "image_url", "image_url": {}}, {"type": "text", "text": {"value": "42"}}]}],
     ],
 )

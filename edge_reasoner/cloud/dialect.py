@@ -13,6 +13,7 @@ from edge_reasoner.chat.messages import THINKING_FIELDS
 from edge_reasoner.chat.model import ChatRequest
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.cloud.faults import Fault
+from edge_reasoner.cloud.roles import RoleDialect
 from edge_reasoner.contract.template.render import Message
 from edge_reasoner.errors import InputError
 
@@ -38,8 +39,29 @@ _WORDS = frozenset(("stop", "stream", "seed"))
 _NAMED = (
     r"(?:['\"`\[(]|(?:parameter|argument|field|name|option|key|supplied|support|supported)s?:? ){0}(?![\w-])"
     r"|(?<![\w-]){0}(?= (?:is |are )?(?:not|parameter|field|argument|un|invalid))"
+    r"|(?:^|; ){0}(?=: )|: {0}\W*$"
 )
-_REFUSED_STATUS = frozenset((400, 422))
+#: other words for a parameter
+_ALIASES: Mapping[str, str] = {
+    "stop": r"stop[_ ]?(?:sequence|word|string|token)s?",
+    "stream": r"streaming(?= (?:\w+ )?(?:is |are )?(?:not|un|disabled))|(?<=n't support )streaming"
+    r"|(?<=not support )streaming",
+    _OLD_LIMIT: r"max[_ ]?(?:new|output)[_ ]?tokens",
+}
+#: from here on a refusal lists what would be taken
+_LISTED = re.compile(
+    r"expected one of|did you mean|must be one of|(?<!not )\b(?:supported|allowed|valid|accepted|permitted|known)"
+    r" (?:\w+ )?(?:parameter|param|field|argument|name|key|option|propertie)s",
+    re.IGNORECASE,
+)
+_REFUSED_STATUS = frozenset((200, 400, 422))
+#: with these a refusal of a parameter has to say that it is one
+_OTHER_STATUS = frozenset((403, 404, 405, 406, 409, 415, 500, 501, 502))
+_UNKNOWN_WORDS = re.compile(
+    r"un(?:supported|recogni[sz]ed|known|expected) (?:key|param|arg|field|name|prop|value|option|input|request)"
+    r"|unsupportedparam|not (?:supported|permitted|allowed|enabled)|does(?: not|n't) support|extraneous"
+    r"|extra (?:input|field)|unsupported_|is unsupported|not a valid (?:param|arg|field)"
+)
 
 
 class Dialect:
@@ -49,6 +71,7 @@ class Dialect:
         self._lock = threading.Lock()
         self._changes: dict[str, str | None] = {}
         self._refused_values: set[tuple[str, str]] = set()
+        self._roles = RoleDialect()
 
     def apply(self, body: Mapping[str, Any], changes: Mapping[str, str | None]) -> dict[str, Any]:
         """`body` as this endpoint takes it; `changes`: those of this request alone (name → new name, None:
@@ -68,27 +91,31 @@ class Dialect:
                 made[new_name] = value
         if "stream" not in made:
             made.pop("stream_options", None)
+        if "messages" in made:
+            made["messages"] = self._roles.apply(made["messages"])
         return made
 
     def repair(
         self, status: int, fault: Fault, sent: Mapping[str, Any], own: Collection[str]
-    ) -> dict[str, str | None]:
+    ) -> dict[str, str | None] | None:
         """The changes (name → new name, None: dropped) that this refusal of `sent` asks for; they are
-        remembered. None of them: it is about something else.
+        remembered, as are roles that it refuses. None: it is about something else.
 
         `own`: names of fields that the caller added; they are never touched.
         """
-        if status not in _REFUSED_STATUS:
+        said = " ".join((fault.message, *fault.codes)).lower()
+        if status not in _REFUSED_STATUS and not (status in _OTHER_STATUS and _UNKNOWN_WORDS.search(said)):
+            return None
+        if self._roles.repair(fault.message, sent.get("messages", ())):
             return {}
         names = [name for name in _OPTIONAL if name in sent and name not in own]
-        words = " ".join((fault.message, *fault.codes)).lower()
         changes: dict[str, str | None] = {}
         for name in _refused_names(fault, names, sent):
-            about_value = bool(_VALUE_WORDS.search(words))
-            meant = "instead" in words or (_NEW_LIMIT in words and not _TOO_LARGE.search(words))
+            about_value = bool(_VALUE_WORDS.search(said))
+            meant = "instead" in said or (_NEW_LIMIT in said and not _TOO_LARGE.search(said))
             changes[name] = _NEW_LIMIT if name == _OLD_LIMIT and (meant or not about_value) else None
             self._remember(name, changes[name], sent[name], about_value=about_value)
-        return changes
+        return changes or None
 
     def _remember(self, name: str, new_name: str | None, value: Any, *, about_value: bool) -> None:
         with self._lock:
@@ -139,14 +166,18 @@ def encode(body: Mapping[str, Any]) -> bytes:
 def _refused_names(fault: Fault, names: list[str], sent: Mapping[str, Any]) -> list[str]:
     """Those of `names` that a refusal is about: all that it lists as parameters, or one out of its text."""
     # "body.temperature", "stream_options.include_usage"
-    listed = [word for said in fault.parameters for word in re.split(r"[.\[\]/]", said)]
+    listed = [word for said in fault.parameters for word in re.split(r"[.\[\]/$]", said)]
     found = [name for name in names if name in listed]
     if found or "messages" in listed or "model" in listed:
         return found
     named = []
+    message = _LISTED.split(fault.message, maxsplit=1)[0]
     for name in names:
-        pattern = _NAMED.format(name) if name in _WORDS else rf"(?<![\w-]){name}(?![\w-])"
-        match = re.search(pattern, fault.message)
+        # topK is top_k
+        spelled = name.replace("_", "_?")
+        pattern = _NAMED.format(spelled) if name in _WORDS else rf"(?<![\w-]){spelled}(?![\w-])"
+        pattern += rf"|(?<![\w-])(?:{_ALIASES[name]})(?![\w-])" if name in _ALIASES else ""
+        match = re.search(pattern, message, re.ASCII | re.IGNORECASE)
         if match:
             named.append((sent[name] != _NEUTRAL.get(name), match.start(), name))
     # of several, one that says nothing anyway; else the first that is named

@@ -15,7 +15,13 @@ _MAX_SHOWN_CHARS = 200
 _MAX_DEPTH = 6
 _MAX_DIGITS = 40
 #: where the text of a fault stands, the most telling first
-_TEXT_KEYS = ("message", "detail", "msg", "error_description", "error_msg", "errors", "title", "reason")
+_TEXT_KEYS = (
+    *("message", "detail", "msg", "error_description", "error_msg", "errors", "title", "reason"),
+    *("details", "issues", "violations", "fieldViolations", "description", "cause"),
+)
+#: where the name of a field that is refused stands, or an object around it
+_PARAMETER_KEYS = ("param", "parameter", "field", "property", "additionalProperty", "pointer", "instancePath")
+_PARAMETER_LISTS = ("loc", "path", "keys")
 _CODE_KEYS = ("code", "type", "status")
 
 
@@ -96,6 +102,11 @@ def _walk(value: Any, depth: int) -> Iterator[tuple[str, str]]:
         for key in _TEXT_KEYS:
             if value.get(key):
                 yield from _walk(value[key], depth + 1)
+        for key, said in value.items():
+            # {"top_k": ["is not allowed"]}
+            if key not in (*_TEXT_KEYS, *_PARAMETER_LISTS) and _is_texts(said):
+                yield "parameter", key
+                yield from _walk(said, depth + 1)
         # gateways put what the provider behind them said here
         metadata = value.get("metadata")
         if isinstance(metadata, dict) and metadata.get("raw"):
@@ -119,15 +130,20 @@ def _text(text: str, depth: int) -> Iterator[tuple[str, str]]:
         yield "text", text
 
 
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value[:8])
+
+
 def _named(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    parameter = value.get("param") or value.get("parameter") or value.get("field")
-    if isinstance(parameter, str):
-        yield "parameter", parameter
-    location = value.get("loc")
-    if isinstance(location, list):
-        for part in location:
-            if isinstance(part, str) and part not in ("body", "query"):
-                yield "parameter", part
+    named = [value, *(value[key] for key in ("params", "source") if isinstance(value.get(key), dict))]
+    for parameter in (item.get(key) for item in named for key in _PARAMETER_KEYS):
+        if isinstance(parameter, str) and parameter:
+            yield "parameter", parameter
+    for location in (value.get(key) for key in _PARAMETER_LISTS):
+        if isinstance(location, list):
+            for part in location[:16]:
+                if isinstance(part, str) and part not in ("body", "query"):
+                    yield "parameter", part
     for key in _CODE_KEYS:
         code = value.get(key)
         if isinstance(code, str) and len(code) < 100:

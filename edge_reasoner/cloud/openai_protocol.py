@@ -153,13 +153,14 @@ class OpenAIModel:
             try:
                 yield from self._once(encode(sent), end_s, answer)
                 return self._concluded(answer)
-            except _RefusedError as refused:
-                asked = self._dialect.repair(refused.status, refused.fault, sent, request.extra)
-                if not asked or repairs >= MAX_REPAIRS:
-                    raise refused.error from refused
-                changes |= asked
-                repairs += 1
-            except RetryError as failed:
+            except (_RefusedError, RetryError) as failed:
+                asked = self._dialect.repair(failed.status, failed.fault, sent, request.extra)
+                if asked is not None and repairs < MAX_REPAIRS and not answer.shown:
+                    changes |= asked
+                    repairs += 1
+                    continue
+                if isinstance(failed, _RefusedError):
+                    raise failed.error from failed
                 if answer.complete:
                     # it was whole before the connection broke
                     return self._concluded(answer)
@@ -206,7 +207,7 @@ class OpenAIModel:
             error = CloudUnavailableError(text)
             if not is_passing(status, fault):
                 return error
-            return RetryError(error, retry_after_s(reply.headers, self._now))
+            return RetryError(error, retry_after_s(reply.headers, self._now), status, fault)
         if 300 <= status < 400:
             place = one_line(shown_url(reply.headers.get("location", "")))
             text += f": redirects are not followed{f'; it points to {place}' if place else ''}"

@@ -15,6 +15,8 @@ _LASTING_STATUS = frozenset((501, 505, 506, 508, 510, 511))
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
 _LASTING_CODES = frozenset(("insufficient_quota", "billing_hard_limit_reached", "billing_not_active"))
 
+_NO_FAULT = Fault("")
+
 
 class RetryError(Exception):
     """An attempt failed in a way that another may not; `wait_s` is the endpoint's wish, if it had one.
@@ -22,10 +24,14 @@ class RetryError(Exception):
     Never leaves the cloud client.
     """
 
-    def __init__(self, error: CloudError, wait_s: float | None = None) -> None:
+    def __init__(
+        self, error: CloudError, wait_s: float | None = None, status: int = 0, fault: Fault = _NO_FAULT
+    ) -> None:
         super().__init__(str(error))
         self.error = error
         self.wait_s = wait_s
+        self.status = status
+        self.fault = fault
 
 
 def is_passing(status: int, fault: Fault) -> bool:

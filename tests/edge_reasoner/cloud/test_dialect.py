@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from support.hostile_cloud import GOOD, scripted_cloud, status
+from support.hostile_cloud import GOOD, HEAD, scripted_cloud, status
 
 from edge_reasoner.chat.model import ChatRequest
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.cloud.base import CloudOptions
 from edge_reasoner.cloud.openai_protocol import OpenAIModel
-from edge_reasoner.errors import CloudProtocolError
+from edge_reasoner.errors import CloudProtocolError, CloudUnavailableError
 
 ALL = SamplingParams(
     temperature=0.5,
@@ -66,6 +66,33 @@ def _openai(message: str, param: str | None = None, code: str | None = None) -> 
         ("seed", _openai('upstream: {"error": {"message": "bad", "param": "seed"}}'), 400),
         ("top_k", {"error": {"message": "failed", "metadata": {"raw": '{"message": "no top_k here"}'}}}, 400),
         ("stream", _openai("'stream' does not support true with this model.", "stream"), 400),
+        ("stream", _openai("Streaming is not supported for this model"), 400),
+        ("stream", _openai("This model does not support streaming."), 400),
+        ("stop", _openai("Stop sequences are not supported by this model"), 400),
+        ("stop", {"error": "Argument not supported on this model: stop"}, 400),
+        ("seed", {"type": "error", "error": {"message": "seed: Extra inputs are not permitted"}}, 400),
+        ("top_k", _openai("Unsupported field: topK"), 400),
+        ("top_k", _openai("参数top_k不支持"), 400),
+        ("max_tokens", {"error": "`inputs` tokens + `max_new_tokens` must be <= 32"}, 422),
+        # what would be taken is not what is refused
+        ("top_k", b"unknown field `top_k`, expected one of `temperature`, `top_p`, `max_tokens`", 422),
+        ("top_k", _openai("Unknown parameter top_k. Supported parameters: temperature, top_p"), 400),
+        ("stream_options", _openai("property 'stream_options' is unsupported, did you mean 'stream'?"), 400),
+        # where the name stands
+        ("min_p", {"min_p": ["This field is not allowed."]}, 400),
+        ("min_p", {"errors": {"$.min_p": ["could not be mapped"]}}, 400),
+        ("top_k", {"error": {"message": {"top_k": ["is not allowed"]}}}, 422),
+        ("top_k", {"error": {"issues": [{"code": "unrecognized_keys", "keys": ["top_k"]}]}}, 400),
+        ("top_k", {"errors": [{"source": {"pointer": "/top_k"}, "title": "Invalid"}]}, 422),
+        ("min_p", {"errors": [{"params": {"additionalProperty": "min_p"}}]}, 400),
+        ("top_k", {"error": {"details": [{"fieldViolations": [{"field": "generation_config.top_k"}]}]}}, 400),
+        ("seed", {"error": {"cause": '{"error": {"param": "seed"}}', "message": "failed"}}, 400),
+        # other ways to refuse
+        ("top_k", _openai("Unsupported parameter: 'top_k'"), 500),
+        ("min_p", {"detail": "create() got an unexpected keyword argument 'min_p'"}, 500),
+        ("stream", _openai("stream is not supported"), 501),
+        ("seed", _openai("parameter 'seed' is not supported"), 403),
+        ("temperature", _openai("'temperature' does not support 0.5 with this model", "temperature"), 200),
     ],
 )
 def test_a_refused_parameter_is_dropped(ask, name, refusal, code) -> None:
@@ -75,6 +102,25 @@ def test_a_refused_parameter_is_dropped(ask, name, refusal, code) -> None:
         first, second = server.posts
     missing = {name, "stream_options"} if name == "stream" else {name}
     assert set(first) - set(second) == missing and set(second) < set(first)
+
+
+def test_a_refusal_in_a_stream_counts_too(ask) -> None:
+    """A gateway that began a stream reports the refusal of the server behind it inside."""
+    raw = json.dumps(_openai("Unsupported parameter: 'top_k'", "top_k"))
+    event = {"choices": [], "error": {"code": 400, "message": "provider", "metadata": {"raw": raw}}}
+    refusal = HEAD + b"data: " + json.dumps(event).encode() + b"\n\n"
+    with scripted_cloud(lambda head, sent: refusal if "top_k" in json.loads(sent) else GOOD) as server:
+        assert ask(server.url, ALL).text in ("Hello", "Hel")
+        assert set(server.posts[0]) - set(server.posts[1]) == {"top_k"}
+
+
+def test_a_server_that_is_down_keeps_its_parameters(ask) -> None:
+    """A failure of the server that names a parameter in passing is no refusal of it."""
+    body = json.dumps(_openai("worker crashed at max_tokens 50, temperature 0.5")).encode()
+    with scripted_cloud(lambda head, sent: status(500, body=body)) as server:
+        with pytest.raises(CloudUnavailableError):
+            ask(server.url, ALL)
+        assert server.posts[0] == server.posts[-1]
 
 
 def test_max_tokens_has_two_names(ask) -> None:

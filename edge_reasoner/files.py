@@ -11,6 +11,7 @@ import codecs
 import json
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -62,6 +63,31 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def output_file(path: Path, *, error: ErrorType = InputError) -> Path:
+    """Where a file that the user names is to be written: links are followed. Raises `error` for what is there
+    and no regular file: a device or a pipe would be replaced by a file of its name."""
+    try:
+        is_regular = stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        # a link to nothing yet, or nothing
+        return Path(os.path.realpath(path))
+    if not is_regular:
+        raise error(f"{path}: not a regular file; give the name of a file")
+    return Path(os.path.realpath(path))
+
+
+def open_standard_streams() -> None:
+    """Opens onto nothing what the caller closed of standard input, output and error (`>&-`): the next file
+    that is opened would get its number, and what is printed would end in it."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def utf8_path(path: Path, *, error: ErrorType = InputError) -> str:

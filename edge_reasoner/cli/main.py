@@ -18,6 +18,7 @@ import click
 from edge_reasoner._version import __version__
 from edge_reasoner.cli.output import note
 from edge_reasoner.errors import EdgeReasonerError
+from edge_reasoner.files import open_standard_streams
 
 DEBUG_VARIABLE = "EDGE_REASONER_DEBUG"
 _INTERRUPTED = 130
@@ -95,6 +96,7 @@ def cli(settings: Settings | None, debug: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line (default: this process's arguments) and returns its exit status."""
     settings = Settings(debug=os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"))
+    open_standard_streams()
     _encode_anything()
     try:
         outcome = cli.main(
@@ -143,10 +145,7 @@ def _unforeseen(error: Exception) -> str:
 def _fail(message: str, status: int, settings: Settings) -> int:
     if settings.debug:
         traceback.print_exc()
-    try:
-        note(f"edge-reasoner: {message}")
-    except OSError:
-        return status  # nobody listens on standard error
+    note(f"edge-reasoner: {message}")
     return status
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -68,8 +68,9 @@ class AnswerWriter:
 
 
 def note(text: str) -> None:
-    """One line on standard error."""
-    click.echo(one_line(text, MAX_LINE_CHARS), err=True)
+    """One line on standard error, if anybody listens there."""
+    with suppress(OSError):
+        click.echo(one_line(text, MAX_LINE_CHARS), err=True)
 
 
 def plain(text: object) -> str:

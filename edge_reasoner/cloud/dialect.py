@@ -50,17 +50,17 @@ _ALIASES: Mapping[str, str] = {
 }
 #: from here on a refusal lists what would be taken
 _LISTED = re.compile(
-    r"expected one of|did you mean|must be one of|(?<!not )\b(?:supported|allowed|valid|accepted|permitted|known)"
-    r" (?:\w+ )?(?:parameter|param|field|argument|name|key|option|propertie)s",
+    r"expected one of|did you mean|must be one of|(?<!not )\b(?:supported|allowed|valid|accepted|permitted"
+    r"|known) (?:\w+ )?(?:parameter|param|field|argument|name|key|option|propertie)s",
     re.IGNORECASE,
 )
 _REFUSED_STATUS = frozenset((200, 400, 422))
 #: with these a refusal of a parameter has to say that it is one
 _OTHER_STATUS = frozenset((403, 404, 405, 406, 409, 415, 500, 501, 502))
 _UNKNOWN_WORDS = re.compile(
-    r"un(?:supported|recogni[sz]ed|known|expected) (?:key|param|arg|field|name|prop|value|option|input|request)"
-    r"|unsupportedparam|not (?:supported|permitted|allowed|enabled)|does(?: not|n't) support|extraneous"
-    r"|extra (?:input|field)|unsupported_|is unsupported|not a valid (?:param|arg|field)"
+    r"un(?:supported|recogni[sz]ed|known|expected) (?:key|param|arg|field|name|prop|value|option|input"
+    r"|request)|unsupportedparam|not (?:supported|permitted|allowed|enabled)|does(?: not|n't) support"
+    r"|extraneous|extra (?:input|field)|unsupported_|is unsupported|not a valid (?:param|arg|field)"
 )
 
 

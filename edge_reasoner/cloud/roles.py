@@ -1,4 +1,4 @@
-"""Roles of messages that an endpoint does not take: a system message under another name, or inside the user's."""
+"""Roles that an endpoint does not take: a system message gets another one, or goes into the user's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RoleDialect:
         return _merged(messages)
 
     def repair(self, said: str, sent: Sequence[Any]) -> bool:
-        """Whether this refusal is about the role of a system message in `sent`; then the next way is taken."""
+        """Whether this refusal is about a system message's role in `sent`; the next way is taken then."""
         roles = {message.get("role") for message in sent if isinstance(message, Mapping)}
         if not roles.intersection(_ROLES) or not _REFUSED.search(said):
             return False

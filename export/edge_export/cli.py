@@ -26,6 +26,7 @@ from edge_export.progress import Progress
 from edge_export.quantize import DEFAULT_QUANTIZER, QUANTIZERS, quantizer_names
 from edge_reasoner._version import __version__
 from edge_reasoner.errors import EdgeReasonerError, InputError, one_line, printable
+from edge_reasoner.files import open_standard_streams
 from edge_reasoner.machine.allowance import allowance
 from edge_reasoner.machine.cache_dir import default_cache_dir
 
@@ -267,6 +268,7 @@ class _Interruptions:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point, on the main thread; returns the exit status of the contract."""
+    open_standard_streams()
     with _Interruptions() as interruptions:
         try:
             command.main(arguments, prog_name="edge-export", standalone_mode=False)

@@ -62,6 +62,24 @@ def test_full_disk_and_debug(spawn) -> None:
     assert "No space left" in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_streams_that_nobody_listens_to(answering_bundle, closed) -> None:
+    """A command that was started without a standard stream does its work, and says nothing of it."""
+    command = [sys.executable, "-m", "edge_reasoner.cli.main", "ask", str(answering_bundle), "hi"]
+    shell = ["sh", "-c", f'"$@" {closed}', "sh", *command, "--max-tokens", "1"]
+    done = subprocess.run(shell, capture_output=True, timeout=120, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and b"unexpected" not in done.stderr
+
+
+def test_a_closed_standard_input_is_empty(answering_bundle) -> None:
+    """A prompt that is to come from a closed standard input is missing: one line, status 2."""
+    command = [sys.executable, "-m", "edge_reasoner.cli.main", "ask", str(answering_bundle), "-"]
+    done = subprocess.run(
+        ["sh", "-c", '"$@" <&-', "sh", *command], capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == 2 and b"empty" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_reader_that_goes_away(spawn) -> None:
     """A closed pipe ends the command without a word."""
     reader, writer = os.pipe()

@@ -51,7 +51,7 @@ def test_a_system_message_is_put_into_the_users(said: str, code: int) -> None:
 
 
 def test_the_other_name_is_tried_where_it_is_named() -> None:
-    """An endpoint that asks for `developer` gets it, and the text in the user's message if it refuses both."""
+    """An endpoint that asks for `developer` gets it; one that refuses both gets the text in the user's."""
     roles = RoleDialect()
     assert roles.repair("'system' is not supported; use 'developer' instead", CHAT)
     assert [message["role"] for message in roles.apply(CHAT)] == ["developer", "user", "assistant", "user"]

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.errors import InputError, NoAnswerError
-from edge_reasoner.files import output_file, read_rows, write_atomically
+from edge_reasoner.files import read_rows, write_atomically
 from edge_reasoner.reasoner import Reasoner
 
 _FIELDS = ("prompt", "id")
@@ -90,7 +90,6 @@ def run_batch(
     file. `advance` gets the number of rows done. Raises InputError when the files cannot be written or belong
     to another run.
     """
-    out = output_file(out)
     partial = out.with_name(f"{out.name}.partial")
     try:
         with _open_partial(partial, name) as file:

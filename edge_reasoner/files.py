@@ -65,19 +65,6 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
         raise
 
 
-def output_file(path: Path, *, error: ErrorType = InputError) -> Path:
-    """Where a file that the user names is to be written: links are followed. Raises `error` for what is there
-    and no regular file: a device or a pipe would be replaced by a file of its name."""
-    try:
-        is_regular = stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        # a link to nothing yet, or nothing
-        return Path(os.path.realpath(path))
-    if not is_regular:
-        raise error(f"{path}: not a regular file; give the name of a file")
-    return Path(os.path.realpath(path))
-
-
 def open_standard_streams() -> None:
     """Opens onto nothing what the caller closed of standard input, output and error (`>&-`): the next file
     that is opened would get its number, and what is printed would end in it."""

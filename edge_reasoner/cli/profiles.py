@@ -21,7 +21,7 @@ from edge_reasoner.contract.profile.load import (
 )
 from edge_reasoner.contract.profile.schema import DeviceProfile, Figure, Runtime
 from edge_reasoner.errors import InputError, printable
-from edge_reasoner.files import output_file, write_atomically
+from edge_reasoner.files import write_atomically
 from edge_reasoner.machine.state import MachineState, read_state
 
 
@@ -93,7 +93,7 @@ def probe_command(out: Path | None, name: str | None, as_json: bool) -> None:
         text = dump_profile_toml(profile)
         parse_profile(text.encode(), str(out))
         try:
-            write_atomically(output_file(out), text.encode())
+            write_atomically(out, text.encode())
         except OSError as error:
             raise InputError(f"{out}: cannot write: {error.strerror or error}") from error
     if as_json:

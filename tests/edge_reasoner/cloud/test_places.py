@@ -63,6 +63,78 @@ from edge_reasoner.errors import CloudError, CloudProtocolError, InputError
             "a",
         ),
         ({"data": [{"id": "x/gpt-oss-20b"}]}, "x/gpt-oss-20b"),
+        # lists in other wrappers
+        *(
+            (listed, "a")
+            for listed in (
+                {"data": [], "models": ["a"]},
+                {"data": {"data": [{"id": "a"}]}},
+                {"models": {"data": [{"id": "a"}]}},
+                {"result": [{"name": "a"}], "success": True},
+                {"items": [{"model_name": "a"}]},
+                {"results": [{"model_id": "a"}], "count": 1, "next": None},
+                {"body": {"data": [{"id": "a"}]}},
+                {"id": "a", "object": "model"},
+                {"data": [{"id": "x", "error": "cannot be loaded"}, {"id": "a"}]},
+            )
+        ),
+        # what an endpoint says of a model that cannot chat, and of one that can
+        *(
+            ({"data": [{"id": "x", **other}, {"id": "a", **chat}]}, "a")
+            for other, chat in (
+                (
+                    {"capabilities": {"completion_chat": False, "vision": True}},
+                    {"capabilities": {"completion_chat": True}},
+                ),
+                ({"capabilities": {"chat_completion": False, "embeddings": True}}, {}),
+                ({"capabilities": ["embedding"]}, {"capabilities": ["completion", "embedding"]}),
+                (
+                    {"architecture": {"output_modalities": ["image"]}},
+                    {"architecture": {"output_modalities": ["text"]}},
+                ),
+                (
+                    {"architecture": {"modality": "text->image"}},
+                    {"architecture": {"modality": "text+image->text"}},
+                ),
+                (
+                    {"supportedGenerationMethods": ["embedContent"]},
+                    {"supportedGenerationMethods": ["generateContent"]},
+                ),
+                ({"endpoints": ["embed"]}, {"endpoints": ["embed", "chat"]}),
+                (
+                    {"supported_endpoints": ["/v1/embeddings"]},
+                    {"supported_endpoints": ["/v1/chat/completions"]},
+                ),
+                ({"details": {"family": "nomic-bert"}}, {"details": {"family": "llama"}}),
+                ({"pipeline_tag": "feature-extraction"}, {"pipeline_tag": "text-generation"}),
+                ({"model_info": {"mode": "embedding"}}, {"model_info": {"mode": "chat"}}),
+                ({"task": {"name": "Text Embeddings"}}, {"task": {"name": "Text Generation"}}),
+                ({"model_type": "embedding"}, {"model_type": "LLM"}),
+                ({"is_embedding": True}, {"is_embedding": False}),
+                ({"active": False}, {"active": True}),
+                ({"deprecated": True}, {"deprecated": None}),
+                ({"status": "offline"}, {"status": "running"}),
+            )
+        ),
+        *(
+            ({"data": [{"id": name}, {"id": "a"}]}, "a")
+            for name in (
+                *("gtr-t5-large", "voyage-3", "kokoro", "xtts-v2", "suno/bark", "parakeet-tdt", "wav2vec2"),
+                *("hunyuan-video", "wan2.1-t2v", "sd3.5-large", "shieldgemma-2b", "bert-base", "paddleocr"),
+                *(
+                    "text-search-ada-doc-001",
+                    "text-davinci-003",
+                    "davinci",
+                    "all-mpnet-base-v2",
+                    "seedream-v4",
+                ),
+            )
+        ),
+        # names that only look like it
+        *(
+            ({"data": [{"id": name}]}, name)
+            for name in ("starcoder-ada", "hubert-chat", "davinci-next-chat", "sdk-coder", "gemma-3", "phi-4")
+        ),
         ({"data": [{"id": "mistral-saba-24b-instruct"}, {"id": "a"}]}, "mistral-saba-24b-instruct"),
     ],
 )

@@ -30,8 +30,9 @@ def test_bench_json(run, answering_bundle) -> None:
     """The contract's fields, exact token counts, and figures that fit together."""
     counts = ("--prompt-tokens", 40, "--new-tokens", 8, "--repeat", 3, "--threads", 1)
     ran = run("bench", answering_bundle, *counts, "--json")
+    assert ran.status == 0, ran.err
     report = json.loads(ran.out)
-    assert ran.status == 0 and set(report) == BENCH_KEYS
+    assert set(report) == BENCH_KEYS
     assert (report["threads"], report["repeats"], report["variant"]) == (1, 3, "int4")
     assert all(len(values) == 3 for values in report["runs"].values())
     assert sorted(report["runs"]["decode_tps"])[1] == report["decode_tps"]

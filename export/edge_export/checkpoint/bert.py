@@ -18,6 +18,7 @@ import torch
 
 from edge_export.checkpoint.digest import WeightsDigest, digest_of
 from edge_export.checkpoint.files import licence, read_json
+from edge_export.checkpoint.json_file import is_there, read_json_object
 from edge_export.checkpoint.leftovers import HARMLESS_IN_BERT, refuse_leftovers
 from edge_export.checkpoint.limits import check_range
 from edge_export.checkpoint.safetensors_files import SafetensorsFiles
@@ -29,6 +30,8 @@ from edge_export.model.encoder import encoder_parameter_count, encoder_tensor_sh
 from edge_reasoner.errors import CheckpointError
 
 _POSITIONS: Final = "embed.position.weight"
+#: of the small files of sentence-transformers
+_MAX_SETTINGS_BYTES = 1 << 20
 _LAYER_PARTS: Final[Mapping[str, str]] = {
     "q": "attention.self.query",
     "k": "attention.self.key",
@@ -164,14 +167,26 @@ def load_encoder(path: Path) -> EncoderCheckpoint:
         path=path,
         weights_files=weights.files,
         licence=licence(path),
-        warnings=weights.warnings,
+        warnings=(*weights.warnings, *_default_prompt(path)),
     )
+
+
+def _default_prompt(path: Path) -> tuple[str, ...]:
+    """A warning where sentence-transformers would put a text of the model's before every sentence."""
+    file = path / "config_sentence_transformers.json"
+    try:
+        settings = read_json_object(file, _MAX_SETTINGS_BYTES, optional=True)
+    except CheckpointError as error:
+        return (f"{error}; it is left aside",)
+    if not (name := settings.get("default_prompt_name")):
+        return ()
+    return (f"{file}: has a default prompt ({str(name)[:40]!r}), which is not put before sentences here",)
 
 
 def _modules(path: Path) -> dict[str, str]:
     """Kind of module → its folder, from modules.json; empty for a plain BERT directory."""
     file = path / "modules.json"
-    if not file.is_file():
+    if not is_there(file):
         return {}
     modules: dict[str, str] = {}
     for module in read_json(file, list[_Module]):
@@ -252,7 +267,7 @@ def _encoder_config(
 def _context_tokens(folder: Path, positions: int) -> int:
     """The longest input in tokens: `max_seq_length` of sentence-transformers, else every position."""
     file = folder / "sentence_bert_config.json"
-    longest = read_json(file, _TransformerSettings).max_seq_length if file.is_file() else None
+    longest = read_json(file, _TransformerSettings).max_seq_length if is_there(file) else None
     if longest is None:
         return positions
     if longest < 3:  # [CLS], one token, [SEP]

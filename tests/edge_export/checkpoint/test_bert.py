@@ -264,3 +264,27 @@ def test_tokenizer_must_fit(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CheckpointError, match="has 21 tokens; the model embeds 20"):
         load_encoder(tmp_path)
+
+
+def test_a_link_to_nothing_is_not_another_pooling(tmp_path):
+    """Without modules.json the mean is taken; a download that lacks the file must not be taken for that."""
+    make_directory(tmp_path)
+    (tmp_path / "modules.json").unlink(missing_ok=True)
+    (tmp_path / "modules.json").symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=r"modules\.json: cannot be read"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompts": {"q": "query: "}, "default_prompt_name": "q"}', "has a default prompt"),
+        ("{", "left aside"),
+    ],
+)
+def test_a_default_prompt_is_a_warning(text, message, tmp_path):
+    """sentence-transformers would put it before every sentence; what is not known is named."""
+    make_directory(tmp_path)
+    assert load_encoder(tmp_path).warnings == ()
+    (tmp_path / "config_sentence_transformers.json").write_text(text)
+    assert message in load_encoder(tmp_path).warnings[0]

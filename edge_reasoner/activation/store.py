@@ -37,7 +37,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Activation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The configuration that one machine uses for one component, and why."""
+    """The candidate that one machine uses for one component, and why."""
 
     schema_version: Literal[1] = 1
     bundle_id: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -108,3 +109,14 @@ def test_a_name_that_no_disk_can_hold(run, command) -> None:
     """Status 2, as for any bundle that is not there."""
     ran = run(*command, "x" * 300, *(["Hi"] if command == ["ask"] else []))
     assert ran.status == 2 and "no such bundle" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("closed", "words", "status"),
+    [("<&- >&- 2>&-", "profiles list", 0), ("<&-", "ask no.bundle", 2), ("2>&-", "profiles show nope", 2)],
+)
+def test_closed_standard_streams(closed: str, words: str, status: int) -> None:
+    """A stream that is closed holds nothing, or takes everything: no error of its own."""
+    command = f"exec {shlex.quote(sys.executable)} -m edge_reasoner.cli.main {words} {closed}"
+    ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == status and "unexpected" not in ran.stderr

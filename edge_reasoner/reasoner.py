@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -188,7 +188,8 @@ class Reasoner:
             if self._mode == "cloud":
                 raise InputError("mode cloud: a raw text can only be continued on the device")
             return self._device.parts.model.submit(request)
-        return self._routed(Query(request, self._mode, streaming=True))
+        asked = replace(request, messages=tuple(as_messages(request.messages)))
+        return self._routed(Query(asked, self._mode, streaming=True))
 
     def map(
         self,

@@ -17,12 +17,20 @@ def message_text(message: Message) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, (list, tuple)):
-        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         if all(isinstance(text, str) for text in texts):
             return "".join(str(text) for text in texts)
     raise InputError(
         f"message of role {message.get('role')!r}: content must be a string or a list of text parts"
     )
+
+
+def sent_text(message: Message) -> str:
+    """All that an endpoint would read of a message: its text, and every other field but thinking. Raises
+    InputError."""
+    ours = ("role", "content", *THINKING_FIELDS)
+    others = [str(value) for name, value in message.items() if name not in ours]
+    return "\n".join([message_text(message), *others])
 
 
 def said(answer: str, thinking: str | None) -> Message:
@@ -32,7 +40,8 @@ def said(answer: str, thinking: str | None) -> Message:
 
 
 def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
-    """A chat from a prompt: one user message, or the messages given. Raises InputError."""
+    """A chat from a prompt: one user message, or the messages given, their text parts joined. Raises
+    InputError."""
     if isinstance(prompt, str):
         if not prompt:
             raise InputError("the prompt is empty")
@@ -46,5 +55,5 @@ def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
     for message in messages:
         if not isinstance(message.get("role"), str):
             raise InputError("messages: each needs a role (system, user, assistant or tool) and a content")
-        message_text(message)
-    return list(messages)
+    # one string each: what the owner's rules have read is what is sent
+    return [{**message, "content": message_text(message)} for message in messages]

@@ -48,7 +48,9 @@ class LocalModel:
             raise TemplateError(str(self._template)) from self._template
         if self._template is None:
             return self.raw_ids("\n".join(message_text(message) for message in messages))
-        return self.tokenizer.encode(self._template.render(messages))
+        # templates of text models would write a list of parts out as Python does
+        plain = [{**message, "content": message_text(message)} for message in messages]
+        return self.tokenizer.encode(self._template.render(plain))
 
     def raw_ids(self, text: str) -> list[int]:
         """Token ids of a text to be continued as it is. Raises InputError."""

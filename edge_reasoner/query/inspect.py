@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_reasoner.chat.messages import message_text
+from edge_reasoner.chat.messages import message_text, sent_text
 from edge_reasoner.chat.model import ChatRequest
 from edge_reasoner.errors import InputError
 from edge_reasoner.gate.decide import Decision, decide_before
@@ -56,7 +56,7 @@ def inspect(
     context is no limit. The owner's vetoes look at the text alone and hold in every mode.
     """
     messages = query.request.messages
-    text = "\n".join(message_text(message) for message in messages)
+    text = "\n".join(sent_text(message) for message in messages)
     prompt_ids: tuple[int, ...] = ()
     local_error: InputError | None = None
     context_tokens: int | None = None

@@ -14,7 +14,7 @@ import pytest
 from support.hostile_cloud import GOOD, HEAD, event, hang, hostile_cloud, reset, send, status
 from support.local_models import scripted_model
 
-from edge_reasoner.chat.model import ChatModel
+from edge_reasoner.chat.model import ChatModel, ChatRequest
 from edge_reasoner.cloud import connect
 from edge_reasoner.cloud.base import CloudLimits, CloudOptions, CloudPrice
 from edge_reasoner.engine.local_model import LocalModel
@@ -190,6 +190,38 @@ def test_private_prompts_never_leave() -> None:
         with _reasoner(server.url, policy=Policy(local_only=True)) as kept:
             assert kept.ask(HARD).source == "local"
         assert not server.requests
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": ["my password is hunter2. ", HARD]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "my password "}, {"text": "is hunter2. " + HARD}],
+        },
+        {"role": "user", "content": HARD, "name": "my password is hunter2"},
+        {"role": "user", "content": HARD, "more": {"in": ["my password is hunter2"]}},
+    ],
+)
+def test_nothing_of_a_message_escapes_the_rules(message: dict) -> None:
+    """Texts in parts and fields beside the content are read like the content: what is private stays."""
+    with hostile_cloud(send(GOOD)) as server, _reasoner(server.url) as reasoner:
+        assert reasoner.ask([message]).source == "local"
+        asked = reasoner.submit(ChatRequest((message,))).result()
+        assert asked.source == "local" and not server.requests
+
+
+def test_what_was_read_is_what_is_sent() -> None:
+    """Text parts reach device and cloud as one string; parts without text are refused."""
+    parts = [{"type": "text", "text": EASY[:9], "image_url": "my password is hunter2"}, EASY[9:]]
+    with hostile_cloud(send(GOOD)) as server, _reasoner(server.url) as reasoner:
+        assert reasoner.ask([{"role": "user", "content": parts}]).text == "Paris is the capital."
+        reasoner.ask([{"role": "user", "content": parts}], mode="cloud")
+        (request,) = server.requests
+        assert EASY.encode() in request and b"password" not in request
+        with pytest.raises(InputError, match="text parts"):
+            reasoner.ask([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}])
 
 
 def test_long_prompts() -> None:

@@ -13,6 +13,10 @@ _RETRY_STATUS = frozenset((408, 409, 425, 429))
 #: of the server's own faults, those that another attempt will meet again
 _LASTING_STATUS = frozenset((501, 505, 506, 508, 510, 511))
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
+_WITH_UNIT = re.compile(r"([0-9]{1,9}(?:\.[0-9]{0,9})?) ?(ms|s(?:ec(?:ond)?s?)?|m(?:in(?:ute)?s?)?)")
+_UNIT_S = {"ms": 1e-3, "s": 1.0, "se": 1.0, "m": 60.0, "mi": 60.0}
+#: numbers from 2001 to 2286, if they are times
+_FIRST_TIME_S, _LAST_TIME_S = 1e9, 1e10
 _LASTING_CODES = frozenset(("insufficient_quota", "billing_hard_limit_reached", "billing_not_active"))
 
 _NO_FAULT = Fault("")
@@ -53,9 +57,12 @@ def retry_after_s(headers: Mapping[str, str], now: Callable[[], float]) -> float
     value = headers.get("retry-after", "")
     # a gateway may have added its own wish to that of the server behind it
     seconds = _number(value if value[:1].isalpha() else value.partition(",")[0])
-    if seconds is not None:
+    if seconds is not None and not _FIRST_TIME_S <= seconds < _LAST_TIME_S:
         return seconds
-    then_s = _date_s(value)
+    # some write the time as a number, or with a unit
+    then_s = _date_s(value) if seconds is None else seconds
+    if then_s is None and (found := _WITH_UNIT.fullmatch(value.strip().lower())):
+        return float(found[1]) * _UNIT_S[found[2][:2]]
     if then_s is None:
         return None
     there_s = _date_s(headers.get("date", ""))

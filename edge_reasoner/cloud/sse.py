@@ -23,7 +23,7 @@ _BOM = b"\xef\xbb\xbf"
 #: the same for streams of servers that know the standard by hearsay: fields indented or in other letters,
 #: `error` as a field, JSON and [DONE] without one
 _INDENT = rb"(?:[ \t]|" + re.escape(_BOM) + rb")*"
-_BARE = rb"\{[^\n]*\}|\"?\[done\]\"?"
+_BARE = rb"\{\"[^\n]*\}|\"?\[done\]\"?"
 _LENIENT_UNKNOWN = re.compile(
     rb"^(?!(?:data|event)[:\n]|%b(?:(?:data|error|exception):|(?:%b)[ \t]*\n))[^\n]+\n" % (_INDENT, _BARE),
     re.MULTILINE | re.IGNORECASE,

@@ -21,7 +21,7 @@ from edge_reasoner.cloud.redact import Redactor, is_telling, shown_url
 from edge_reasoner.cloud.retry import RetryError
 from edge_reasoner.errors import CloudError, CloudUnavailableError, InputError, one_line
 
-_ENDPOINT_PATHS = ("/chat/completions", "/completions", "/models")
+_ENDPOINT_PATHS = ("/chat/completions", "/completions", "/chat", "/models")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -224,8 +224,9 @@ def base_url(url: str) -> str:
     """
     shown = shown_url(url) if isinstance(url, str) else repr(url)
     try:
-        parsed = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError, UnicodeError) as error:
+        # what stands around it comes from copying
+        parsed = httpx.URL(url.strip())
+    except (httpx.InvalidURL, TypeError, AttributeError, UnicodeError) as error:
         raise InputError(f"cloud URL {shown!r}: {_invalid(error)}") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise InputError(f"cloud URL {shown!r}: expected http://HOST[:PORT]/v1 or https://HOST/v1")

@@ -40,6 +40,12 @@ THERE_S = NOW_S + 5 * 365 * 86400
         ({"retry-after": formatdate(NOW_S + 7, usegmt=True), "date": "yesterday"}, 7.0),
         # the two older forms of an HTTP date
         ({"retry-after": "Sunday, 06-Nov-94 08:49:37 GMT", "date": "Sun Nov  6 08:49:30 1994"}, 7.0),
+        ({"retry-after": "3s"}, 3.0),
+        ({"retry-after": "2.5 seconds"}, 2.5),
+        ({"retry-after": "250ms"}, 0.25),
+        ({"retry-after": "1m"}, 60.0),
+        ({"retry-after": str(NOW_S + 7)}, 7.0),
+        ({"retry-after": f"{THERE_S + 7:.0f}", "date": formatdate(THERE_S, usegmt=True)}, 7.0),
         *(
             ({"retry-after": text}, None)
             for text in ("", "soon", "-1", "nan", "inf", "1e999", "²", "Mon, 99")

@@ -29,6 +29,7 @@ if hasattr(onnxruntime, "disable_telemetry_events"):  # for a program that has i
     onnxruntime.disable_telemetry_events()
 
 CPU = "CPUExecutionProvider"
+_MAX_THREADS = 1024
 _DEFAULT_OPTIONS: Mapping[str, str] = {
     "session.intra_op.allow_spinning": "1",
     "session.force_spinning_stop": "1",
@@ -118,8 +119,8 @@ def open_session(path: Path, provider: str, session_options: Mapping[str, str], 
     Raises InputError, BundleError (the graph or an option is refused) and BackendError (no such provider, or
     the library fails).
     """
-    if threads < 1:
-        raise InputError(f"threads is {threads}; at least 1 is needed")
+    if not 1 <= threads <= _MAX_THREADS:  # the library starts every one of them, whatever the machine has
+        raise InputError(f"threads is {threads}; at least 1 is needed, and {_MAX_THREADS} are the most")
     check_session_options(session_options, path.name)
     if provider not in available_providers():
         raise BackendError(

@@ -51,3 +51,11 @@ def test_nothing_stays_open_after_a_failure(
     with pytest.raises(error):
         Reasoner.open(root, cache_dir=tmp_path / "cache", **options)
     assert open_models == []
+
+
+@pytest.mark.parametrize("threads", [1025, 10**5])
+def test_threads_beyond_any_machine_are_refused(threads: int, tmp_path: Path) -> None:
+    """Bad input, said before the library starts them."""
+    root = write_answering_bundle(tmp_path / "bundle")
+    with pytest.raises(InputError, match="1024 are the most"):
+        Reasoner.open(root, cache_dir=tmp_path / "cache", threads=threads)

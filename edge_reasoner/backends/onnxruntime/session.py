@@ -27,6 +27,10 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # noqa: E4
 
 if hasattr(onnxruntime, "disable_telemetry_events"):  # for a program that has imported the library before us
     onnxruntime.disable_telemetry_events()
+#: the log shows names of a graph as they are, to a terminal that obeys escape sequences in them; what the
+#: library has to say of a failure is in its exceptions too, which become our errors, in one printable line
+_FATAL_ONLY = 4
+onnxruntime.set_default_logger_severity(_FATAL_ONLY)
 
 CPU = "CPUExecutionProvider"
 _MAX_THREADS = 1024
@@ -34,7 +38,12 @@ _DEFAULT_OPTIONS: Mapping[str, str] = {
     "session.intra_op.allow_spinning": "1",
     "session.force_spinning_stop": "1",
 }
-_BAD_GRAPH_ERRORS = (ort_state.InvalidGraph, ort_state.InvalidProtobuf, ort_state.NoSuchFile)
+_BAD_GRAPH_ERRORS = (
+    ort_state.InvalidGraph,
+    ort_state.InvalidProtobuf,
+    ort_state.NoSuchFile,
+    UnicodeDecodeError,  # what it has to say holds a name that is not UTF-8
+)
 _LIBRARY_ERRORS = (
     ort_state.Fail,
     ort_state.InvalidArgument,
@@ -44,9 +53,12 @@ _LIBRARY_ERRORS = (
     ort_state.ModelLoaded,
     ort_state.NotImplemented,
     ort_state.EPFail,
+    # what the C++ standard library's exceptions become
     RuntimeError,
     ValueError,
     TypeError,
+    IndexError,
+    OverflowError,
     MemoryError,
 )
 
@@ -131,7 +143,7 @@ def open_session(path: Path, provider: str, session_options: Mapping[str, str], 
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3
+    options.log_severity_level = _FATAL_ONLY
     entries = {**_DEFAULT_OPTIONS, **session_options}
     if provider != CPU:
         entries["session.disable_cpu_ep_fallback"] = "1"
@@ -139,8 +151,8 @@ def open_session(path: Path, provider: str, session_options: Mapping[str, str], 
         options.add_session_config_entry(key, value)
     location = utf8_path(path, error=BundleError)
     with library_errors(f"{path.name}: loading"):
-        session = onnxruntime.InferenceSession(location, options, providers=[provider])
-        session.disable_fallback()
+        # with its fall-back the constructor prints what failed on standard output, and tries the CPU
+        session = onnxruntime.InferenceSession(location, options, providers=[provider], enable_fallback=0)
     if session.get_providers()[0] != provider:
         raise BackendError(
             f"{path.name}: asked for {provider}, onnxruntime chose {', '.join(session.get_providers())}"

@@ -8,12 +8,17 @@ reader is bounded and raises `error`, the caller's own class of our error tree, 
 from __future__ import annotations
 
 import codecs
+import contextlib
+import glob
 import json
 import os
+import shutil
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,12 +26,22 @@ import msgspec
 
 from edge_reasoner.errors import EdgeReasonerError, InputError, one_line
 
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 MAX_LINE_BYTES = 4 * 1024 * 1024
 MAX_ROWS = 1_000_000
 _CHUNK_BYTES = 1 << 20
 #: what is looked at to tell UTF-16 without a byte order mark from UTF-8
 _HEAD_BYTES = 512
 _BOM = "\ufeff"
+#: something empty and younger may have been made this instant, and not yet be held
+_YOUNG_S = 3600.0
+#: what `tempfile` puts between prefix and suffix
+_RANDOM = "[a-z0-9_]" * 8
 #: longest first: UTF-32's little-endian mark begins with UTF-16's
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -42,7 +57,8 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Makes or replaces the file in one step: a reader, or a power cut, meets the old one or the new one.
 
     The parts of `data` go to a temporary file in the same folder (which must exist), are synced to the disk
-    and renamed. On any failure the temporary file is removed and `path` is as it was. A symlink stays one:
+    and renamed. On any failure the temporary file is removed and `path` is as it was; one that a killed
+    process left for the same `path` is removed too. A symlink stays one:
     what it points to is written. What is no file (`/dev/null`, a pipe) is written to, never replaced.
     Raises OSError.
     """
@@ -51,18 +67,92 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
         with path.open("wb") as device:
             device.writelines((data,) if isinstance(data, bytes) else data)
         return
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".tmp")
+    prefix = f".{path.name[:80]}."
+    remove_abandoned(path.parent, prefix, ".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".tmp")
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.writelines((data,) if isinstance(data, bytes) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(_mode_of(path))
-        temporary.replace(path)
+        with _held_beyond_its_end(handle):
+            with os.fdopen(handle, "wb") as file:
+                file.writelines((data,) if isinstance(data, bytes) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(_mode_of(path))
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Marks a file or folder as in use by this process, until the block or the process ends, however.
+
+    Raises OSError where another holds it. Without locks (Windows) nothing is marked.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def marked(path: Path) -> Iterator[None]:
+    """As `held`, where the disk has locks; where it has none, what a killed process leaves will stay."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.enter_context(held(path))
+        yield
+
+
+def remove_abandoned(
+    parent: Path, prefix: str, suffix: str = "", *, now: Callable[[], float] = time.time
+) -> None:
+    """Removes this user's files and folders in `parent` that no process holds: whoever made them was killed.
+
+    Meant are names as `tempfile` gives them: prefix, eight letters, suffix. What cannot be removed stays.
+    """
+    if fcntl is None:
+        return  # without locks nobody can tell
+    with contextlib.suppress(OSError):
+        for left in parent.glob(f"{glob.escape(prefix)}{_RANDOM}{glob.escape(suffix)}"):
+            with contextlib.suppress(OSError):
+                _remove_unheld(left, now())
+
+
+def _remove_unheld(left: Path, now_s: float) -> None:
+    status = left.lstat()
+    is_folder = stat.S_ISDIR(status.st_mode)
+    if not (is_folder or stat.S_ISREG(status.st_mode)) or status.st_uid != os.geteuid():
+        return
+    with held(left):
+        empty = not any(left.iterdir()) if is_folder else status.st_size == 0
+        if empty and now_s - status.st_mtime < _YOUNG_S:
+            return
+        if is_folder:
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink()
+
+
+@contextmanager
+def _held_beyond_its_end(handle: int) -> Iterator[None]:
+    """As `held`, for an open file that is closed within the block; where a disk has no locks, nothing."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.dup(handle)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def open_standard_streams() -> None:

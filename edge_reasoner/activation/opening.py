@@ -18,12 +18,14 @@ from typing import Literal
 
 from edge_reasoner.contract.bundle.open import Bundle, ByteProgress, open_bundle
 from edge_reasoner.errors import BundleError
-from edge_reasoner.files import is_file
+from edge_reasoner.files import is_file, marked, remove_abandoned
 
 #: unpacked bundles together, apart from the one that is being opened
 MAX_UNPACKED_BYTES = 8_000_000_000
 #: what was used that recently may be in use by another process
 _SPARED_S = 3600.0
+#: how temporary folders begin, for bundles that no cache can take
+_TEMPORARY = "edge-reasoner-unpacked."
 
 
 def open_bundle_at(
@@ -65,19 +67,23 @@ def _writable(folder: Path) -> bool:
 
 def _temporary_folder() -> Path:
     try:
-        folder = Path(tempfile.mkdtemp(prefix="edge-reasoner-"))
+        remove_abandoned(Path(tempfile.gettempdir()), _TEMPORARY)
+        folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
     except OSError as error:
         raise BundleError(
             f"a .tar needs a place to be unpacked to, and there is none: {error.strerror or error};"
             " set EDGE_REASONER_CACHE, or unpack it and give the directory"
         ) from error
-    atexit.register(_remove, folder, os.getpid())
+    mark = contextlib.ExitStack()
+    mark.enter_context(marked(folder))
+    atexit.register(_remove, folder, os.getpid(), mark)
     return folder
 
 
-def _remove(folder: Path, pid: int) -> None:
+def _remove(folder: Path, pid: int, mark: contextlib.ExitStack) -> None:
     if pid == os.getpid():  # the end of a forked child is not its parent's
         shutil.rmtree(folder, ignore_errors=True)
+    mark.close()
 
 
 def _evict(used: Path, limit_bytes: int, now_s: float) -> None:

@@ -1,6 +1,7 @@
 """`edge-reasoner`: finds the command, runs it, and turns every error into one line and an exit status.
 
-0 done · 1 anything else · 2 bad usage or input · 3 a check failed · 4 cloud unavailable · 130 interrupted.
+0 done · 1 anything else · 2 bad usage or input · 3 a check failed · 4 cloud unavailable · 128 and its number
+for a signal that ended it: 130 Ctrl-C, 143 SIGTERM, 129 a closed terminal.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,9 +21,9 @@ from edge_reasoner._version import __version__
 from edge_reasoner.cli.output import note
 from edge_reasoner.errors import EdgeReasonerError
 from edge_reasoner.files import open_standard_streams
+from edge_reasoner.machine.interrupts import Interrupts
 
 DEBUG_VARIABLE = "EDGE_REASONER_DEBUG"
-_INTERRUPTED = 130
 
 #: command → where it is; imported only when it is named (or for its line in --help)
 COMMAND_TABLE = {
@@ -98,6 +100,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings(debug=os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"))
     open_standard_streams()
     _encode_anything()
+    with Interrupts() as interrupts:
+        status = _run(arguments, settings, interrupts)
+    if interrupts.seen is not None and interrupts.seen != signal.SIGINT:
+        note(f"edge-reasoner: ended by {interrupts.seen.name}")
+    return status if interrupts.seen is None else interrupts.exit_status
+
+
+def _run(arguments: Sequence[str] | None, settings: Settings, interrupts: Interrupts) -> int:
     try:
         outcome = cli.main(
             args=list(arguments) if arguments is not None else None,
@@ -108,15 +118,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return outcome if isinstance(outcome, int) else 0
     except (KeyboardInterrupt, click.Abort):
-        return _INTERRUPTED
-    except BrokenPipeError:
-        return _close_quietly()
-    except click.ClickException as error:
-        return _fail(_usage(error), error.exit_code, settings)
-    except EdgeReasonerError as error:
-        return _fail(str(error), error.exit_status, settings)
+        return interrupts.exit_status
     except Exception as error:  # noqa: BLE001 - the edge: what nobody foresaw is still one line
-        return _fail(_unforeseen(error), 1, settings)
+        # an interruption may have become another error on its way up, which nobody needs to read
+        return _status(error, settings) if interrupts.seen is None else interrupts.exit_status
+
+
+def _status(error: Exception, settings: Settings) -> int:
+    """Says in one line what ended the command."""
+    if isinstance(error, BrokenPipeError):
+        return _close_quietly()
+    if isinstance(error, click.ClickException):
+        return _fail(_usage(error), error.exit_code, settings)
+    if isinstance(error, EdgeReasonerError):
+        return _fail(str(error), error.exit_status, settings)
+    return _fail(_unforeseen(error), 1, settings)
 
 
 def in_flags(message: str, command: click.Command) -> str:

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from edge_reasoner.errors import EdgeReasonerError, InputError, one_line, printa
 from edge_reasoner.files import open_standard_streams
 from edge_reasoner.machine.allowance import allowance
 from edge_reasoner.machine.cache_dir import default_cache_dir
+from edge_reasoner.machine.interrupts import Interrupts
 
-_INTERRUPTED = 130
 _MAX_LINE_CHARS = 4000
 
 
@@ -229,8 +229,9 @@ def _print_report(report: Any) -> None:
 
 
 def _say(text: str) -> None:
-    """One line on standard error; names and messages of strangers are in it."""
-    click.echo(one_line(text, _MAX_LINE_CHARS), err=True)
+    """One line on standard error, if anybody listens there; names and messages of strangers are in it."""
+    with suppress(OSError):
+        click.echo(one_line(text, _MAX_LINE_CHARS), err=True)
 
 
 def _formats(units: list[dict[str, Any]]) -> str:
@@ -242,46 +243,23 @@ def _formats(units: list[dict[str, Any]]) -> str:
     return ", ".join(f"{name} {100 * n / total:.0f} %" for name, n in sorted(counts.items()))
 
 
-class _Interruptions:
-    """While entered, Ctrl-C and SIGTERM (a service manager's stop) raise KeyboardInterrupt, and are noted.
-
-    C extensions may turn the KeyboardInterrupt into another error on its way up; the note tells.
-    """
-
-    def __init__(self) -> None:
-        self.seen = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> _Interruptions:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._interrupt)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _interrupt(self, number: int, frame: object) -> None:
-        self.seen = True
-        raise KeyboardInterrupt
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point, on the main thread; returns the exit status of the contract."""
+    """Entry point; returns the exit status of the contract."""
     open_standard_streams()
-    with _Interruptions() as interruptions:
+    with Interrupts() as interrupts:
         try:
             command.main(arguments, prog_name="edge-export", standalone_mode=False)
         except BaseException as error:  # noqa: BLE001 - the program's edge; what is unknown is raised again
-            return _status(error, interruptions.seen)
+            return _status(error, interrupts)
     return 0
 
 
-def _status(error: BaseException, interrupted: bool) -> int:
-    """Says in one line what ended the program; raises what it has no words for."""
-    if interrupted or isinstance(error, click.Abort):
-        _say("interrupted; nothing was written")
-        return _INTERRUPTED
+def _status(error: BaseException, interrupts: Interrupts) -> int:
+    """Says in one line what ended the program."""
+    if interrupts.seen is not None or isinstance(error, (KeyboardInterrupt, click.Abort)):
+        signal_name = "" if interrupts.seen in (None, signal.SIGINT) else f" by {interrupts.seen.name}"
+        _say(f"interrupted{signal_name}; nothing was written")
+        return interrupts.exit_status
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, click.ClickException):

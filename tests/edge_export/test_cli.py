@@ -311,10 +311,11 @@ sys.exit(main(sys.argv[3:]))
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)],
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
 )
 def test_interrupted_in_the_middle(number, status, model, tmp_path):
-    """Ctrl-C and a stop leave only the earlier bundle, whole; even a kill never leaves half of a new one."""
+    """Ctrl-C, a stop and a closed terminal leave only the earlier bundle, whole; even a kill never half a new
+    one."""
     out = tmp_path / "out"
     assert run(model, *BOARD, "--recipe", "fp32", "--out", out) == 0
     first = open_bundle(out).manifest.bundle_id
@@ -325,7 +326,8 @@ def test_interrupted_in_the_middle(number, status, model, tmp_path):
     assert process.returncode == status, errors
     assert open_bundle(out).manifest.bundle_id == first
     if number != signal.SIGKILL:
-        assert errors.strip() == "interrupted; nothing was written"
+        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        assert errors.strip() == f"interrupted{by}; nothing was written"
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

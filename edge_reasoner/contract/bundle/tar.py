@@ -26,10 +26,10 @@ from edge_reasoner.contract.bundle.manifest import (
 )
 from edge_reasoner.contract.bundle.open import SIGNATURE_NAME, Bundle, open_bundle
 from edge_reasoner.errors import BundleError
-from edge_reasoner.files import write_atomically
+from edge_reasoner.files import marked, remove_abandoned, write_atomically
 
 #: how folders begin that an interrupted unpacking may leave behind
-STAGING_PREFIX = ".unpack-"
+STAGING_PREFIX = ".edge-reasoner-unpack-"
 
 _CHUNK_BYTES = 1 << 20
 _MAX_SIGNATURE_BYTES = 64 * 1024
@@ -195,14 +195,16 @@ def _staged(
 
     def make() -> Path:
         parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(parent, STAGING_PREFIX)
         return Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=parent))
 
     staging = _written(make)
     try:
-        for name, member in members.items():
-            _extract(tar, member, staging / name, path)
-        open_bundle(staging)
-        yield staging
+        with marked(staging):
+            for name, member in members.items():
+                _extract(tar, member, staging / name, path)
+            open_bundle(staging)
+            yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -31,7 +31,7 @@ from safetensors.torch import save as save_tensors
 
 from edge_reasoner.contract.bundle.manifest import check_relative_path
 from edge_reasoner.errors import BundleError
-from edge_reasoner.files import write_atomically
+from edge_reasoner.files import marked, remove_abandoned, write_atomically
 
 T = TypeVar("T")
 
@@ -42,6 +42,7 @@ _DIGEST_BYTES: Final = 32
 _MAX_VALUE_BYTES: Final = 4 << 30
 _VALUE, _FILES, _DATA = "value", "files", "data"
 _DOCUMENT: Final = "document"
+_STAGING: Final = ".new-"
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -140,17 +141,19 @@ class StageCache:
         staging: Path | None = None
         try:
             entry.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            staging = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".new-"))
-            listed = []
-            for path in files:
-                assert folder is not None, path
-                listed.append(_copy_synced(folder / path, staging / _FILES / path, path))
-            write_atomically(staging / _VALUE, _dump(value, tuple(listed)))
-            size_bytes = _size_bytes(staging)
-            if size_bytes > self._budget():
-                return
-            shutil.rmtree(entry, ignore_errors=True)  # what was there could not be read
-            staging.replace(entry)
+            remove_abandoned(entry.parent, _STAGING)
+            staging = Path(tempfile.mkdtemp(dir=entry.parent, prefix=_STAGING))
+            with marked(staging):
+                listed = []
+                for path in files:
+                    assert folder is not None, path
+                    listed.append(_copy_synced(folder / path, staging / _FILES / path, path))
+                write_atomically(staging / _VALUE, _dump(value, tuple(listed)))
+                size_bytes = _size_bytes(staging)
+                if size_bytes > self._budget():
+                    return
+                shutil.rmtree(entry, ignore_errors=True)  # what was there could not be read
+                staging.replace(entry)
             self._evict(self._budget(), keep=entry)
         except OSError:
             return
@@ -171,7 +174,8 @@ class StageCache:
         for kind in ("entries", "notes"):
             folder = self._root / kind
             for path in folder.iterdir() if folder.is_dir() else ():
-                if path.is_dir() and not path.is_symlink() and path != keep:
+                staged = path.name.startswith(_STAGING)  # by another export, this moment
+                if path.is_dir() and not path.is_symlink() and path != keep and not staged:
                     found.append((path.stat().st_mtime_ns, path.name, path, _size_bytes(path)))
         total = _size_bytes(keep) + sum(row[3] for row in found)
         for _, _, path, size_bytes in sorted(found):

@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Final
 
 import torch
-from tokenizers import Tokenizer
 
+from edge_export.checkpoint.tokenizer_files import encode_texts, open_tokenizer
 from edge_export.data.texts import TextSet, calibration_text, probe_text, read_text_set, to_token_batches
 from edge_export.model.config import DecoderConfig
 from edge_export.options import ExportOptions
@@ -78,17 +78,16 @@ def _encoder(loaded: Loaded) -> tuple[int, Texts]:
 def _sentence_ids(loaded: Loaded, text: TextSet) -> tuple[torch.Tensor, ...]:
     """Token ids of sentences from all over the text, as many as an analysis reads."""
     config = loaded.encoder.config
-    tokenizer = Tokenizer.from_str(loaded.tokenizer.tokenizer_json.decode("utf-8"))
-    tokenizer.enable_truncation(min(_MAX_SENTENCE_TOKENS, config.context_tokens))
     lines = _lines(text)
     chosen = lines[:: max(1, len(lines) // _MAX_SENTENCES)][:_MAX_SENTENCES]
     ids: list[torch.Tensor] = []
     left = analysis_tokens(config)
-    for encoding in tokenizer.encode_batch(chosen):
+    most = min(_MAX_SENTENCE_TOKENS, config.context_tokens)
+    for found in encode_texts(loaded.tokenizer.tokenizer_json, chosen, most):
         if left <= 0:
             break
-        left -= len(encoding.ids)
-        ids.append(torch.tensor(encoding.ids, dtype=torch.int64))
+        left -= len(found)
+        ids.append(torch.tensor(found, dtype=torch.int64))
     return tuple(ids)
 
 
@@ -99,7 +98,7 @@ def _lines(text: TextSet) -> list[str]:
 
 def _token_texts(loaded: Loaded) -> Texts:
     checkpoint, files, options = loaded.decoder, loaded.tokenizer, loaded.options
-    tokenizer = Tokenizer.from_str(files.tokenizer_json.decode("utf-8"))
+    tokenizer = open_tokenizer(files.tokenizer_json)
     prefix = [files.bos_token_id] if files.add_bos and files.bos_token_id is not None else []
     calibration = _calibration_text(options)
     quality = _quality_text(options)

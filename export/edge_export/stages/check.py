@@ -16,7 +16,7 @@ from edge_export.plan.encoder import encoder_target, needs_analysis, smallest_en
 from edge_export.plan.encoder_analysis import analysis_tokens
 from edge_export.plan.plan import check_decoder, smallest_plan
 from edge_export.plan.units import decoder_units
-from edge_export.stages.costs import decoder_cost, encoder_cost
+from edge_export.stages.costs import check_size, decoder_cost, encoder_cost
 from edge_export.stages.values import Checked, Loaded, ModelKind, Run, Texts, extend
 from edge_reasoner.contract.profile.cost import require_fit
 from edge_reasoner.errors import InputError
@@ -42,7 +42,9 @@ def _decoder(loaded: Loaded) -> tuple[int, Texts]:
     config, board, recipe = loaded.decoder.config, loaded.board, loaded.options.recipe
     require_memory_here(config, total_bytes())
     context = check_decoder(config, board, recipe, loaded.options.context_tokens)
-    require_fit(decoder_cost(config, smallest_plan(config, board, recipe, context)), board)
+    smallest = smallest_plan(config, board, recipe, context)
+    require_fit(decoder_cost(config, smallest), board)
+    check_size(smallest.weight_bytes, loaded.options.max_size_mb)
     return context, _token_texts(loaded)
 
 

@@ -61,8 +61,8 @@ def export(
         raise InputError(f"model={model!r} is not allowed; give a path or a hub id")
     board = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
     if not options.dry_run:
-        restore_earlier(out)
         check_destination(out)
+        restore_earlier(out)
     with torch_threads(options.threads):
         return _export(str(model), board, out, options, progress, cache, started)
 

@@ -221,7 +221,7 @@ def test_arguments_that_cannot_be_used(arguments, words, model, tmp_path, capfd,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--max-size", "0.05"), "--max-size 0.05: the bundle takes"),
+        (("--max-size", "0.05"), "--max-size 0.05: the weights alone take"),
         (("--min-quality", "0.999"), "--min-quality 0.999: top1_agreement is"),
         (("--max-latency", "0.0001"), "--max-latency 0.0001"),
     ],

@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 import pytest
 from support.answering_bundle import write_answering_bundle
 
+from edge_export.pipeline import export
 from edge_export.stages.pack import (
     _move_into_place,
     bundle_bytes,
@@ -201,3 +202,13 @@ def test_what_stands_aside_is_removed_once_there_is_a_bundle(tmp_path):
     (aside / "manifest.json").write_text("{}")
     restore_earlier(out)
     assert names(tmp_path) == [".out.abc.old"]
+
+
+def test_an_export_begins_with_mending(tmp_path):
+    """Whatever becomes of it: here its model is missing, and the earlier bundle is back all the same."""
+    out, aside = tmp_path / "out", tmp_path / ".out.abc.old"
+    write_answering_bundle(aside)
+    with pytest.raises(InputError, match="nowhere"):
+        export(str(tmp_path / "nowhere"), "generic-x86", out)
+    open_bundle(out)
+    assert names(tmp_path) == ["out"]

@@ -9,15 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.errors import InputError, NoAnswerError
-from edge_reasoner.files import read_rows, write_atomically
+from edge_reasoner.files import exists, read_rows, write_atomically
 from edge_reasoner.reasoner import Reasoner
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _FIELDS = ("prompt", "id")
 _RUN = "batch_run"
@@ -91,20 +98,31 @@ def run_batch(
     to another run.
     """
     partial = out.with_name(f"{out.name}.partial")
-    try:
-        with _open_partial(partial, name) as file:
+    with _writing(partial):
+        file = _open_partial(partial, name)
+    with file:
+        with _writing(partial):
             done = _finished(file, partial)
-            resumed = sum(row.id in done for row in rows)
-            for number, row in enumerate(rows):
-                if row.id not in done:
-                    done[row.id] = _answer(reasoner, row, params)
+        resumed = sum(row.id in done for row in rows)
+        for number, row in enumerate(rows):
+            if row.id not in done:
+                done[row.id] = _answer(reasoner, row, params)
+                with _writing(partial):
                     _append(file, done[row.id])
-                advance(number + 1)
+            advance(number + 1)
+    with _writing(out):
         write_atomically(out, (_line(done[row.id]) for row in rows))
         partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{error.filename or out}: cannot write: {error.strerror or error}") from error
     return _report(rows, done, resumed)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Around what touches the files alone: an OSError of the model's is none of writing."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: cannot write: {error.strerror or error}") from error
 
 
 def _answer(reasoner: Reasoner, row: BatchRow, params: SamplingParams) -> dict[str, Any]:
@@ -115,8 +133,9 @@ def _answer(reasoner: Reasoner, row: BatchRow, params: SamplingParams) -> dict[s
 
 
 def _open_partial(partial: Path, name: str) -> BinaryIO:
-    """The partial file, positioned after its first line, which names this run. Raises InputError."""
-    file = partial.open("a+b")
+    """The partial file, positioned after its first line, which names this run; no other run writes it as long
+    as it is open. Raises InputError."""
+    file = _open_alone(partial)
     file.seek(0)
     first = file.readline(_MAX_PARTIAL_LINE_BYTES)
     if not first.endswith(b"\n"):  # new, or torn within its first line
@@ -129,6 +148,24 @@ def _open_partial(partial: Path, name: str) -> BinaryIO:
             " delete it to start anew"
         )
     return file
+
+
+def _open_alone(partial: Path) -> BinaryIO:
+    while True:
+        file = partial.open("a+b")
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise InputError(
+                f"{partial}: another run is writing it; wait until that has ended, or give another OUT"
+            ) from error
+        except OSError:
+            return file  # a file system without locks
+        if exists(partial) and os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+            return file
+        file.close()  # the run that wrote it has just ended, and removed it
 
 
 def _finished(file: BinaryIO, partial: Path) -> dict[str | int, dict[str, Any]]:

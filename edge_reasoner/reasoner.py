@@ -101,7 +101,9 @@ class Reasoner:
         checked_mode = check_mode(mode)
         _check_count("threads", threads)
         _check_count("context_tokens", context_tokens)
-        client = None if isinstance(cloud, str) else cloud
+        if not isinstance(bundle, (str, os.PathLike, Bundle)):
+            raise InputError(f"bundle={bundle!r} is not allowed; give the path of a bundle")
+        client = None if isinstance(cloud, str) else _as_chat_model(cloud)
         if isinstance(cloud, str):
             limits = cloud_limits or CloudLimits()
             options = CloudOptions(cloud, cloud_model, api_key_env, environment, limits, price)
@@ -328,6 +330,12 @@ def _order(prompt: Prompt) -> tuple[int, str]:
     return len(text), text
 
 
+def _as_chat_model(cloud: ChatModel | None) -> ChatModel | None:
+    if cloud is not None and not callable(getattr(cloud, "submit", None)):
+        raise InputError(f"cloud={cloud!r} is not allowed; give an endpoint's URL (http://…/v1) or a model")
+    return cloud
+
+
 def _check_count(name: str, value: int | None) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise InputError(f"{name}: {value!r} is not allowed; give an integer of at least 1")
+        raise InputError(f"{name}={value!r} is not allowed; give an integer of at least 1")

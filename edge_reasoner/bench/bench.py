@@ -13,13 +13,14 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -38,6 +39,8 @@ from edge_reasoner.query.assemble import DEFAULT_CONTEXT_TOKENS, Machine, open_t
 MAX_REPEATS = 1000
 _LOADS = 3
 _FRESH_TIMEOUT_S = 1800.0
+#: read of what the fresh process wrote to its standard error
+_MAX_SAID_BYTES = 1 << 16
 _FIRST_TOKEN = "first-token"
 _FRESH = "import sys\nfrom edge_reasoner.bench.bench import run_fresh\nrun_fresh(sys.stdin.readline())\n"
 
@@ -280,14 +283,19 @@ def _measure_fresh(
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     start_s = time.perf_counter()
-    with subprocess.Popen(
-        [*python, "-c", _FRESH],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as process:
+    with (
+        # a file: a pipe that nobody reads yet would be full, and the process would wait
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(
+            [*python, "-c", _FRESH],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            errors="replace",
+            env=environment,
+        ) as process,
+    ):
         timer = threading.Timer(_FRESH_TIMEOUT_S, process.kill)
         timer.start()
         try:
@@ -298,7 +306,8 @@ def _measure_fresh(
                 process.stdin.flush()
             first = process.stdout.readline().strip()
             cold_ms = (time.perf_counter() - start_s) * 1e3
-            rest, errors = process.communicate()
+            rest, _ = process.communicate()
+            errors = _end_of(said)
         finally:
             timer.cancel()
             process.kill()
@@ -308,6 +317,13 @@ def _measure_fresh(
     if process.returncode != 0 or first != _FIRST_TOKEN:
         raise BackendError(f"bench: the fresh process failed: {last.strip()[:400]}")
     return cold_ms, int(json.loads(rest)["peak_rss_bytes"])
+
+
+def _end_of(file: BinaryIO) -> str:
+    """The last of what a file holds, as text."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - _MAX_SAID_BYTES))
+    return file.read(_MAX_SAID_BYTES).decode("utf-8", "replace")
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -39,10 +39,12 @@ class SamplingParams:
         if self.seed is not None:
             _check_integer("seed", self.seed, 0, 2**64 - 1)
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) for text in self.stop):
-            raise InputError(f"stop: {self.stop!r} is not allowed; give a tuple of strings")
+            raise InputError(f"stop={self.stop!r} is not allowed; give a tuple of strings")
         if len(self.stop) > MAX_STOP_STRINGS or any(not 0 < len(s) <= MAX_STOP_CHARS for s in self.stop):
+            lengths = ", ".join(str(len(text)) for text in self.stop[: MAX_STOP_STRINGS + 1])
             raise InputError(
-                f"stop: at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters are allowed"
+                f"stop={len(self.stop)} strings (of {lengths} characters): give at most {MAX_STOP_STRINGS}"
+                f" strings of 1 to {MAX_STOP_CHARS} characters"
             )
 
     @property
@@ -53,9 +55,9 @@ class SamplingParams:
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise InputError(f"{name}: {value!r} is not allowed; give a number from {low:g} to {high:g}")
+        raise InputError(f"{name}={value!r} is not allowed; give a number from {low:g} to {high:g}")
 
 
 def _check_integer(name: str, value: int, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InputError(f"{name}: {value!r} is not allowed; give an integer from {low} to {high}")
+        raise InputError(f"{name}={value!r} is not allowed; give an integer from {low} to {high}")

@@ -48,6 +48,7 @@ class RunProcess(Protocol):
         *,
         capture_output: bool,
         text: Literal[True],
+        errors: str,
         timeout: float,
         check: bool,
     ) -> subprocess.CompletedProcess[str]: ...
@@ -88,7 +89,7 @@ def native_import_is_safe(
         raise ValueError(f"not a module name: {module!r}")
     command = [*python, "-c", _CHILD.format(module, QUIET_VARIABLES)]
     try:
-        done = run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
         message = f"importing {module} did not finish within {timeout_s:g} s; it hangs on this machine"
         return ImportProbe(module=module, safe=False, conclusive=True, message=message)

@@ -136,6 +136,7 @@ def _throttling(root: Path, run: RunProcess) -> tuple[str, ...] | None:
             [str(tool), "get_throttled"],
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=_VCGENCMD_TIMEOUT_S,
             check=False,
         )

@@ -145,11 +145,21 @@ class CompletionBody(_Body, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 def parse_body(data: bytes, kind: type[Body]) -> Body:
-    """Parses a request body strictly. Raises RequestError(400) naming the field."""
+    """Parses a request body strictly; a field that is null is as if it were not there, whatever its name.
+
+    Raises RequestError(400) naming the field.
+    """
     try:
-        return msgspec.json.decode(data, type=kind)
+        return msgspec.convert(_without_nulls(msgspec.json.decode(data)), kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(400, f"request: {error}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Clients send null for what they do not set (`"tools": null`); items of a list are another matter."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

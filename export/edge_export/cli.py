@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,10 +28,10 @@ from edge_export.quantize import DEFAULT_QUANTIZER, QUANTIZERS, quantizer_names
 from edge_reasoner._version import __version__
 from edge_reasoner.errors import EdgeReasonerError, InputError, one_line, printable
 from edge_reasoner.files import open_standard_streams
-from edge_reasoner.machine.allowance import allowance
 from edge_reasoner.machine.cache_dir import default_cache_dir
 from edge_reasoner.machine.interrupts import Interrupts
 
+DEBUG_VARIABLE = "EDGE_REASONER_DEBUG"
 _MAX_LINE_CHARS = 4000
 
 
@@ -112,6 +113,9 @@ _MAX_LINE_CHARS = 4000
     help="Where results of stages are kept, so that an interrupted export, started again, resumes. "
     "Default: `export` in the user's cache folder.",
 )
+@click.option(
+    "--debug", is_flag=True, help=f"Show tracebacks (also: {DEBUG_VARIABLE}=1).", expose_value=False
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and the predicted figures; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.version_option(__version__, prog_name="edge-export")
@@ -141,13 +145,9 @@ def _export_all(
 ) -> Iterator[Any]:  # fmt: skip
     # Spinning worker threads make a busy machine several times slower; read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    count = threads or allowance(most_threads=MAX_THREADS).threads
-    options = ExportOptions(threads=count, **chosen)
-    import torch
-
+    options = ExportOptions(**chosen) if threads is None else ExportOptions(threads=threads, **chosen)
     from edge_export.pipeline import export
 
-    torch.set_num_threads(count)
     for board in boards:
         target = _target(model, board.name, out, len(boards))
         if len(boards) > 1 and not options.dry_run:
@@ -246,16 +246,19 @@ def _formats(units: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status of the contract."""
     open_standard_streams()
+    given = sys.argv[1:] if arguments is None else arguments
     with Interrupts() as interrupts:
         try:
-            command.main(arguments, prog_name="edge-export", standalone_mode=False)
+            command.main(given, prog_name="edge-export", standalone_mode=False)
         except BaseException as error:  # noqa: BLE001 - the program's edge; what is unknown is raised again
-            return _status(error, interrupts)
+            return _status(error, interrupts, _is_debug(given))
     return 0
 
 
-def _status(error: BaseException, interrupts: Interrupts) -> int:
-    """Says in one line what ended the program."""
+def _status(error: BaseException, interrupts: Interrupts, debug: bool) -> int:
+    """Says in one line what ended the program; its exit status."""
+    if debug and isinstance(error, Exception) and not isinstance(error, click.exceptions.Exit):
+        traceback.print_exception(error)
     if interrupts.seen is not None or isinstance(error, (KeyboardInterrupt, click.Abort)):
         signal_name = "" if interrupts.seen in (None, signal.SIGINT) else f" by {interrupts.seen.name}"
         _say(f"interrupted{signal_name}; nothing was written")
@@ -272,7 +275,16 @@ def _status(error: BaseException, interrupts: Interrupts) -> int:
         where = f"{error.filename}: " if error.filename else ""
         _say(f"edge-export: {where}{error.strerror or error}")
         return 1
-    raise error
+    if not isinstance(error, Exception):
+        raise error
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    _say(f"edge-export: unexpected {text} (--debug shows where)")
+    return 1
+
+
+def _is_debug(arguments: list[str]) -> bool:
+    """Whether tracebacks are wanted: also where the arguments could not even be parsed."""
+    return "--debug" in arguments or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 
 if __name__ == "__main__":

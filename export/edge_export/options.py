@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
@@ -17,6 +17,7 @@ from edge_export.plan.target import MIN_CONTEXT_TOKENS
 from edge_export.quantize import DEFAULT_QUANTIZER, quantizer_names
 from edge_reasoner.errors import InputError
 from edge_reasoner.files import exists
+from edge_reasoner.machine.allowance import allowance
 
 Task = Literal["auto", "causal-lm", "encoder"]
 TASKS: Final[tuple[Task, ...]] = get_args(Task)
@@ -51,19 +52,24 @@ class ExportOptions:
     min_quality: float | None = None
     licence: str | None = None
     version: int = 1
-    #: of this machine, to export with
-    threads: int = 2
+    #: of this machine, to export with; default: what this process may use
+    threads: int = field(default_factory=lambda: default_threads())
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            allowed = None if value is None and field.default is None else CHECKS[field.name](value)
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            allowed = None if value is None and entry.default is None else CHECKS[entry.name](value)
             if allowed is not None:
-                raise InputError(f"{field.name}={_shown(value)}: {allowed}")
+                raise InputError(f"{entry.name}={_shown(value)}: {allowed}")
         for name in ("calibration", "quality_text"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, Path(path))
+
+
+def default_threads() -> int:
+    """Threads that the machine's `allowance` gives this process."""
+    return allowance(most_threads=MAX_THREADS).threads
 
 
 #: says what is wrong with a value, or None

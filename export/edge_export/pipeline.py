@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+import torch
 
 from edge_export.options import ExportOptions
 from edge_export.progress import Progress, silent
@@ -19,7 +21,7 @@ from edge_export.stages.find import find
 from edge_export.stages.load import load
 from edge_export.stages.lower import lower
 from edge_export.stages.measure import measure
-from edge_export.stages.pack import check_destination, pack, staging_folder
+from edge_export.stages.pack import check_destination, pack, restore_earlier, staging_folder
 from edge_export.stages.plan import plan
 from edge_export.stages.report import report
 from edge_export.stages.store import store
@@ -27,7 +29,7 @@ from edge_export.stages.values import ExportReport, Job, Packed, Planned, Run
 from edge_export.stages.verify import verify
 from edge_export.storage.stage_cache import StageCache
 from edge_reasoner.contract.profile import DeviceProfile, load_profile
-from edge_reasoner.errors import EdgeReasonerError
+from edge_reasoner.errors import EdgeReasonerError, InputError
 
 #: Each takes the value of the one before it. All components of a bundle go through a stage before any goes on
 #: to the next, so that nothing is computed for one while another cannot be used at all.
@@ -54,11 +56,27 @@ def export(
     input that cannot be used, TargetError, VerificationError or CheckFailedError for checks that failed.
     """
     started = time.monotonic()
-    options, out = options or ExportOptions(), Path(out)
-    board = load_profile(profile) if isinstance(profile, str) else profile
+    options, out = options or ExportOptions(), _as_path("out", out)
+    if not isinstance(model, (str, Path)):
+        raise InputError(f"model={model!r} is not allowed; give a path or a hub id")
+    board = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
     if not options.dry_run:
         check_destination(out)
-    run = Run(progress, StageCache(None if cache is None else Path(cache), salt=code_version))
+        restore_earlier(out)
+    with torch_threads(options.threads):
+        return _export(str(model), board, out, options, progress, cache, started)
+
+
+def _export(
+    model: str,
+    board: DeviceProfile,
+    out: Path,
+    options: ExportOptions,
+    progress: Progress,
+    cache: Path | str | None,
+    started: float,
+) -> ExportReport:
+    run = Run(progress, StageCache(None if cache is None else _as_path("cache", cache), salt=code_version))
     values: tuple[Any, ...] = _jobs(model, board, options)
     done: list[str] = []
     for stage in PLANNING:
@@ -74,6 +92,23 @@ def export(
                 (whole,) = _step(stage, run, (whole,), done)
             packed = whole
     return _report(values[0], packed, out, run.cache.reused, time.monotonic() - started)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch computes with so many threads; afterwards with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _as_path(name: str, value: object) -> Path:
+    if not isinstance(value, (str, Path)):
+        raise InputError(f"{name}={value!r} is not allowed; give a folder's path")
+    return Path(value)
 
 
 def _jobs(model: str, board: DeviceProfile, options: ExportOptions) -> tuple[Job, ...]:

@@ -16,13 +16,8 @@ def export_reference(model: str, out: Path) -> Path:
     """Exports `model` (path or hub id) in float32 to the bundle `out`; returns `out`. Raises as `export`."""
     # As in `cli.py`: waiting threads must not spin. Read once, when torch is loaded by the next import.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch
-
-    from edge_export.options import MAX_THREADS, ExportOptions
+    from edge_export.options import ExportOptions
     from edge_export.pipeline import export
-    from edge_reasoner.machine.allowance import allowance
 
-    threads = allowance(most_threads=MAX_THREADS).threads
-    torch.set_num_threads(threads)
-    export(model, _PROFILE, out, ExportOptions(recipe="fp32", threads=threads))
+    export(model, _PROFILE, out, ExportOptions(recipe="fp32"))
     return out

@@ -221,7 +221,7 @@ def test_arguments_that_cannot_be_used(arguments, words, model, tmp_path, capfd,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--max-size", "0.05"), "--max-size 0.05: the bundle takes"),
+        (("--max-size", "0.05"), "--max-size 0.05: the weights alone take"),
         (("--min-quality", "0.999"), "--min-quality 0.999: top1_agreement is"),
         (("--max-latency", "0.0001"), "--max-latency 0.0001"),
     ],
@@ -362,3 +362,21 @@ def test_a_place_that_cannot_be(out, model, tmp_path, capsys):
     for boards in (BOARD, (*BOARD, "--profile", "jetson-orin")):
         assert run(model, *boards, "--out", tmp_path / out) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_an_error_that_nobody_foresaw(model, tmp_path, capfd, monkeypatch):
+    """One line and status 1, as `edge-reasoner` has it; --debug or the variable add the traceback."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("edge_export.pipeline.load_profile", broken)
+    monkeypatch.setattr("edge_reasoner.contract.profile.load_profile", broken)
+    assert run(model, *BOARD, "--out", tmp_path / "out") == 1
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("edge-export: unexpected RuntimeError: two")
+    assert run(model, *BOARD, "--debug", "--out", tmp_path / "out") == 1
+    assert "Traceback" in capfd.readouterr().err
+    monkeypatch.setenv("EDGE_REASONER_DEBUG", "1")
+    assert run(model, *BOARD, "--out", tmp_path / "out") == 1
+    assert "Traceback" in capfd.readouterr().err

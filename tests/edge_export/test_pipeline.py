@@ -15,7 +15,7 @@ from support.tiny_berts import make_bert
 from support.tiny_checkpoints import TEMPLATE, VOCAB, save_checkpoint, tokenizer, write_checkpoint
 from support.tiny_models import logits_of, make_model, write_gguf
 
-from edge_export.options import ExportOptions
+from edge_export.options import MAX_THREADS, ExportOptions
 from edge_export.pipeline import export
 from edge_reasoner.activation.activate import activate
 from edge_reasoner.backends.golden import try_decoder
@@ -24,6 +24,7 @@ from edge_reasoner.contract.bundle.manifest import MAX_GOLDEN_BYTES, parse_golde
 from edge_reasoner.contract.bundle.open import open_bundle
 from edge_reasoner.contract.profile import load_profile
 from edge_reasoner.errors import CheckFailedError, InputError, TargetError
+from edge_reasoner.machine.allowance import allowance
 
 BOARD = "generic-x86"
 
@@ -416,3 +417,63 @@ def test_a_model_that_names_no_end_is_a_warning(model, tmp_path):
     )
     assert any("names no token that ends a text" in warning for warning in endless)
     assert not any("names no token that ends a text" in warning for warning in ending)
+
+
+def test_threads_are_what_this_process_may_use(tmp_path):
+    """Without a choice torch computes with the allowance's threads, and afterwards with the caller's."""
+    write_checkpoint(tmp_path / "tiny")
+    before = torch.get_num_threads()
+    seen = set()
+    torch.set_num_threads(allowance().threads + 3)
+    try:
+        export(
+            str(tmp_path / "tiny"),
+            BOARD,
+            tmp_path / "out",
+            ExportOptions(dry_run=True),
+            lambda *_: seen.add(torch.get_num_threads()),
+        )
+        assert torch.get_num_threads() == allowance().threads + 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {allowance(most_threads=MAX_THREADS).threads}
+
+
+@pytest.mark.parametrize("name", ["profile", "model", "out", "cache"])
+def test_arguments_of_another_type(name, tmp_path):
+    """Each is named in one line, before any work."""
+    given = {"model": str(tmp_path), "profile": "generic-x86", "out": tmp_path / "out", name: 5}
+    with pytest.raises(InputError, match=f"{name}=5"):
+        export(**given)
+
+
+def test_a_size_that_cannot_be_is_refused_before_work(model, tmp_path):
+    """The smallest weights are known once the configuration is: nothing is analysed, stored or written."""
+    seen = []
+    with pytest.raises(CheckFailedError, match=r"max_size_mb=0\.001: the weights alone take 0\.\d MB"):
+        export(
+            str(model),
+            BOARD,
+            tmp_path / "out",
+            options(max_size_mb=0.001, dry_run=True),
+            lambda what, *_: seen.append(what),
+        )
+    assert seen[-1] == "check" and not list(tmp_path.iterdir())
+
+
+def test_weights_beyond_float16_are_said_to_be_damaged(tmp_path):
+    """A head 10^18 times too large exports, and the report warns; the same model as it was gives no warning
+    although it is at chance."""
+    folder = tmp_path / "tiny"
+    made = write_checkpoint(folder, tie_word_embeddings=False)
+    assert not _of_quality(export(str(folder), BOARD, tmp_path / "fine", options(recipe="int8")).warnings)
+    with torch.no_grad():
+        made.lm_head.weight.mul_(1e18)
+    save_checkpoint(made, folder)
+    found = export(str(folder), BOARD, tmp_path / "broken", options(recipe="fp32"))
+    assert len(_of_quality(found.warnings)) == 1, found.quality
+    assert "far worse than chance (416)" in (tmp_path / "broken/report.html").read_text()
+
+
+def _of_quality(warnings):
+    return [text for text in warnings if "perplexity" in text]

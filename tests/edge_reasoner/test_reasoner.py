@@ -15,6 +15,7 @@ from support.hostile_cloud import GOOD, HEAD, event, hang, hostile_cloud, reset,
 from support.local_models import scripted_model
 
 from edge_reasoner.chat.model import ChatModel, ChatRequest
+from edge_reasoner.client import InferenceClient
 from edge_reasoner.cloud import connect
 from edge_reasoner.cloud.base import CloudLimits, CloudOptions, CloudPrice
 from edge_reasoner.engine.local_model import LocalModel
@@ -422,3 +423,15 @@ def test_its_name_and_context_are_those_of_the_model_it_asks_first() -> None:
             assert not server.requests
     with _reasoner(mode="local") as reasoner:
         assert reasoner.name == reasoner.ask(EASY).model == "tiny"
+
+
+def test_arguments_of_another_type() -> None:
+    """Each is named in one line: no traceback from deep inside."""
+    for make, name in (
+        (lambda: Reasoner.open("bundle", cloud=5), "cloud=5"),
+        (lambda: Reasoner.open(5), "bundle=5"),
+        (lambda: InferenceClient(endpoint=5), "endpoint=5"),
+        (lambda: InferenceClient(model_name=5), "model_name=5"),
+    ):
+        with pytest.raises(InputError, match=name):
+            make()

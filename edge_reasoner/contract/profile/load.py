@@ -46,6 +46,8 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
 
     Raises ProfileError: unknown name (with the nearest names), unreadable file, malformed profile.
     """
+    if not isinstance(name_or_path, (str, Path)):
+        raise ProfileError(f"profile={name_or_path!r} is not allowed; give a board's name or a .toml's path")
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or "/" in text or "\\" in text or text.endswith(".toml"):
         return parse_profile(read_bytes(Path(text), MAX_PROFILE_BYTES, error=ProfileError), text)

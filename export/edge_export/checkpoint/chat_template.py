@@ -8,9 +8,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Final
 
-from tokenizers import Tokenizer
-
-from edge_export.checkpoint.tokenizer_files import TokenizerFiles
+from edge_export.checkpoint.tokenizer_files import TokenizerFiles, open_tokenizer
 from edge_reasoner.contract.template.trial import SINGLE_TURN, TemplateTrial, try_template
 from edge_reasoner.errors import CheckpointError, TemplateError
 
@@ -56,7 +54,7 @@ def _split_markers(template: str, tokenizer: TokenizerFiles, where: str) -> Iter
     written = dict.fromkeys(_MARKER.findall(template))
     if not written:
         return
-    parsed = Tokenizer.from_str(tokenizer.tokenizer_json.decode("utf-8"))
+    parsed = open_tokenizer(tokenizer.tokenizer_json)
     split = [text for text in written if parsed.token_to_id(text) is None]
     if split:
         shown = ", ".join(repr(text) for text in split[:_SHOWN])

@@ -288,11 +288,9 @@ def _check_ids(tokenizer: Tokenizer, where: str) -> int:
 
 def _prepends(tokenizer: Tokenizer, token_id: int | None) -> bool:
     """Whether the tokenizer's own post-processor starts every text with `token_id`."""
-    return (
-        tokenizer.encode("a").ids[:1] == [token_id]
-        and token_id is not None
-        and tokenizer.token_to_id("a") != token_id
-    )
+    with tokenizer_faults("tokenizer.json", CheckpointError):
+        first = tokenizer.encode("a").ids[:1]
+    return first == [token_id] and token_id is not None and tokenizer.token_to_id("a") != token_id
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ MAX_VOCAB_TOKENS: Final = 1 << 21
 MAX_TOKEN_BYTES: Final = 4096
 #: −1 as an unsigned number: what some converters write for "none"
 UNSET_ID: Final = 0xFFFFFFFF
+_OWN_JSON: Final = "tokenizer.json"
 
 #: words, digits, spaces, another script, what no vocabulary has: whatever a tokenizer does, it does here
 _TRIAL: Final = " Hello, world! 123\n\t don't  größe 你好 🙂 \U000fabcd"
@@ -89,6 +90,23 @@ def parse_tokenizer(text: str, where: str) -> Tokenizer:
         tokenizer.no_padding()  # before the trial: a hostile fixed padding would fill the memory
         tokenizer.decode(tokenizer.encode(_TRIAL).ids)
     return tokenizer
+
+
+def open_tokenizer(tokenizer_json: bytes) -> Tokenizer:
+    """The tokenizer of a `TokenizerFiles.tokenizer_json`. Raises CheckpointError when it is refused."""
+    with tokenizer_faults(_OWN_JSON, CheckpointError):
+        return Tokenizer.from_str(tokenizer_json.decode("utf-8"))
+
+
+def encode_texts(tokenizer_json: bytes, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """Token ids of each text with special tokens; a long text loses its end, not its closing token.
+
+    Raises CheckpointError when the tokenizer fails on a text.
+    """
+    with tokenizer_faults(_OWN_JSON, CheckpointError):
+        tokenizer = Tokenizer.from_str(tokenizer_json.decode("utf-8"))
+        tokenizer.enable_truncation(max_tokens)
+        return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
 
 
 def canonical_json(tokenizer: Tokenizer, where: str) -> bytes:

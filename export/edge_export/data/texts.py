@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from edge_reasoner.errors import InputError
+from edge_reasoner.contract.bundle.tokenizer_files import tokenizer_faults
+from edge_reasoner.errors import CheckpointError, InputError
 from edge_reasoner.files import decode_text, is_unicode, parse_json, read_bytes
 
 _SEPARATOR = "\n-----\n"
@@ -72,7 +73,8 @@ def to_token_batches(
     batches: list[torch.Tensor] = []
     left = max_tokens
     for document in texts.documents:
-        ids = [*prefix, *tokenizer.encode(document, add_special_tokens=False).ids]
+        with tokenizer_faults(texts.name, CheckpointError):
+            ids = [*prefix, *tokenizer.encode(document, add_special_tokens=False).ids]
         ids = ids[: min(sequence_tokens, left)]
         if len(ids) < 2:
             continue

@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Final
 
 import torch
-from tokenizers import Tokenizer
 
+from edge_export.checkpoint.tokenizer_files import encode_texts, open_tokenizer
 from edge_export.data.texts import TextSet, calibration_text, probe_text, read_text_set, to_token_batches
 from edge_export.model.config import DecoderConfig
 from edge_export.options import ExportOptions
@@ -16,7 +16,7 @@ from edge_export.plan.encoder import encoder_target, needs_analysis, smallest_en
 from edge_export.plan.encoder_analysis import analysis_tokens
 from edge_export.plan.plan import check_decoder, smallest_plan
 from edge_export.plan.units import decoder_units
-from edge_export.stages.costs import decoder_cost, encoder_cost
+from edge_export.stages.costs import check_size, decoder_cost, encoder_cost
 from edge_export.stages.values import Checked, Loaded, ModelKind, Run, Texts, extend
 from edge_reasoner.contract.profile.cost import require_fit
 from edge_reasoner.errors import InputError
@@ -42,7 +42,9 @@ def _decoder(loaded: Loaded) -> tuple[int, Texts]:
     config, board, recipe = loaded.decoder.config, loaded.board, loaded.options.recipe
     require_memory_here(config, total_bytes())
     context = check_decoder(config, board, recipe, loaded.options.context_tokens)
-    require_fit(decoder_cost(config, smallest_plan(config, board, recipe, context)), board)
+    smallest = smallest_plan(config, board, recipe, context)
+    require_fit(decoder_cost(config, smallest), board)
+    check_size(smallest.weight_bytes, loaded.options.max_size_mb)
     return context, _token_texts(loaded)
 
 
@@ -78,17 +80,16 @@ def _encoder(loaded: Loaded) -> tuple[int, Texts]:
 def _sentence_ids(loaded: Loaded, text: TextSet) -> tuple[torch.Tensor, ...]:
     """Token ids of sentences from all over the text, as many as an analysis reads."""
     config = loaded.encoder.config
-    tokenizer = Tokenizer.from_str(loaded.tokenizer.tokenizer_json.decode("utf-8"))
-    tokenizer.enable_truncation(min(_MAX_SENTENCE_TOKENS, config.context_tokens))
     lines = _lines(text)
     chosen = lines[:: max(1, len(lines) // _MAX_SENTENCES)][:_MAX_SENTENCES]
     ids: list[torch.Tensor] = []
     left = analysis_tokens(config)
-    for encoding in tokenizer.encode_batch(chosen):
+    most = min(_MAX_SENTENCE_TOKENS, config.context_tokens)
+    for found in encode_texts(loaded.tokenizer.tokenizer_json, chosen, most):
         if left <= 0:
             break
-        left -= len(encoding.ids)
-        ids.append(torch.tensor(encoding.ids, dtype=torch.int64))
+        left -= len(found)
+        ids.append(torch.tensor(found, dtype=torch.int64))
     return tuple(ids)
 
 
@@ -99,7 +100,7 @@ def _lines(text: TextSet) -> list[str]:
 
 def _token_texts(loaded: Loaded) -> Texts:
     checkpoint, files, options = loaded.decoder, loaded.tokenizer, loaded.options
-    tokenizer = Tokenizer.from_str(files.tokenizer_json.decode("utf-8"))
+    tokenizer = open_tokenizer(files.tokenizer_json)
     prefix = [files.bos_token_id] if files.add_bos and files.bos_token_id is not None else []
     calibration = _calibration_text(options)
     quality = _quality_text(options)

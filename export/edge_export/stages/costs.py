@@ -10,6 +10,7 @@ from edge_export.plan.plan import ExportPlan
 from edge_reasoner.contract.bundle.manifest import Predicted
 from edge_reasoner.contract.profile import DeviceProfile
 from edge_reasoner.contract.profile.cost import GraphCost, predict, predict_encoder
+from edge_reasoner.errors import CheckFailedError
 
 _PREDICTED_PROMPT_TOKENS, _PREDICTED_NEW_TOKENS = 512, 128
 #: of the text that an encoder's latency is predicted for
@@ -17,6 +18,15 @@ _PREDICTED_TEXT_TOKENS: Final = 128
 #: Peak resident bytes per stored float16 byte: widened at load, packed, then partly freed. Measured with
 #: MiniLM: 4.9 on onnxruntime 1.23.2, 2.7 on 1.31.1.
 _FLOAT16_RESIDENT_RATIO: Final = 5.0
+
+
+def check_size(weight_bytes: int, limit_mb: float | None) -> None:
+    """Raises CheckFailedError where the weights alone are larger than the wanted bundle."""
+    if limit_mb is not None and weight_bytes > limit_mb * 1e6:
+        raise CheckFailedError(
+            f"max_size_mb={limit_mb:g}: the weights alone take {weight_bytes / 1e6:.1f} MB;"
+            " nothing was written"
+        )
 
 
 def decoder_cost(config: DecoderConfig, plan: ExportPlan) -> GraphCost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,6 +18,11 @@ from edge_export.verify.encoder import encoder_quality
 from edge_export.verify.variants import open_decoder, open_encoder
 from edge_reasoner.contract.bundle.manifest import DecoderSpec, EncoderSpec
 from edge_reasoner.errors import CheckFailedError
+
+#: What a coarse recipe costs is a factor of two at most where a model is of any use.
+_MOST_PERPLEXITY_RATIO: Final = 10.0
+_MOST_TIMES_CHANCE: Final = 1e6
+_LEAST_COSINE: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,34 @@ def measure(run: Run, verified: Verified) -> Measured:
     )
     figures = {name: float(f"{value:.5g}") for name, value in quality.figures.items()}
     _check_quality(figures, verified.options.min_quality)
-    return extend(Measured, verified, quality=MappingProxyType(figures))
+    warnings = (*verified.warnings, *quality_warnings(figures, _vocab_size(verified)))
+    return extend(Measured, verified, quality=MappingProxyType(figures), warnings=warnings)
+
+
+def quality_warnings(figures: Mapping[str, float], vocab_size: int | None) -> tuple[str, ...]:
+    """Warnings of figures that only a damaged model has. Chance (a perplexity of the vocabulary's size) is
+    none: a model that was never trained is there."""
+    if "mean_cosine" in figures:
+        cosine = figures["mean_cosine"]
+        damaged = not cosine >= _LEAST_COSINE
+        return (f"mean_cosine is {cosine:.4g}: the stored model is not usable",) if damaged else ()
+    stored, original = figures["perplexity"], figures["original_perplexity"]
+    ratio, chance = figures["perplexity_ratio"], float(vocab_size or 1)
+    if not original <= _MOST_TIMES_CHANCE * chance:
+        return (
+            f"the model's own perplexity is {original:.3g}, far worse than chance ({chance:g}):"
+            " its weights are damaged, or are read in a wrong way",
+        )
+    if not (math.isfinite(stored) and ratio <= _MOST_PERPLEXITY_RATIO):
+        return (
+            f"the stored model's perplexity is {stored:.3g}, {ratio:.3g} times the original's:"
+            " it is not usable; choose another recipe, or look at the checkpoint",
+        )
+    return ()
+
+
+def _vocab_size(verified: Verified) -> int | None:
+    return verified.decoder.config.vocab_size if verified.kind == "decoder" else None
 
 
 def _decoder(run: Run, verified: Verified) -> _Quality:

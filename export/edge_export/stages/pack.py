@@ -27,13 +27,14 @@ from edge_reasoner.contract.bundle.manifest import (
     seal,
     to_canonical_json,
 )
+from edge_reasoner.contract.bundle.open import open_bundle
 from edge_reasoner.contract.bundle.tokenizer_files import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     TokenizerConfig,
 )
 from edge_reasoner.contract.profile import profile_sha256
-from edge_reasoner.errors import CheckFailedError, InputError
+from edge_reasoner.errors import CheckFailedError, EdgeReasonerError, InputError
 
 fcntl: Any
 try:
@@ -187,6 +188,48 @@ def check_destination(out: Path) -> None:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
+def restore_earlier(out: Path) -> None:
+    """Mends what an export left that was killed while it replaced the bundle at `out`.
+
+    The earlier bundle, set aside by then, goes back where nothing has taken its place; where a bundle has, it
+    is removed. What is in use, or is no sound bundle and the only thing left, stays.
+    """
+    if fcntl is None:
+        return  # without locks nobody can tell
+    target = _target(out)
+    with contextlib.suppress(OSError):
+        left = sorted(
+            target.parent.glob(f".{glob.escape(target.name)}.*.old"),
+            key=lambda path: path.stat().st_mtime,
+            reverse=True,
+        )
+        for aside in left:
+            _restore(aside, target)
+
+
+def _restore(aside: Path, target: Path) -> None:
+    with contextlib.suppress(OSError), _held(aside):
+        if not any(aside.iterdir()):
+            aside.rmdir()
+        elif (target / MANIFEST_NAME).is_file():
+            shutil.rmtree(aside, ignore_errors=True)
+        elif _is_sound(aside):
+            aside.replace(target)
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        open_bundle(folder)
+    except EdgeReasonerError:
+        return False
+    return True
+
+
+def _target(out: Path) -> Path:
+    """A link to a folder stays a link: what it points to is replaced."""
+    return out.absolute().resolve() if out.is_symlink() else out.absolute()
+
+
 @contextmanager
 def staging_folder(out: Path) -> Iterator[Path]:
     """A fresh folder beside `out` that becomes `out` when the block ends, or vanishes when it fails.
@@ -194,8 +237,7 @@ def staging_folder(out: Path) -> Iterator[Path]:
     An earlier bundle at `out` is there, whole, until the new one takes its place. What a killed export has
     left beside `out` is removed.
     """
-    # A link to a folder stays a link: what it points to is replaced.
-    target = out.absolute().resolve() if out.is_symlink() else out.absolute()
+    target = _target(out)
     _remove_abandoned(target)
     try:
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -239,6 +281,11 @@ def _move_into_place(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.replace(target)
         return
+    with _held(target):  # as long as it is aside: `restore_earlier` of another export leaves it alone
+        _replace(staging, target)
+
+
+def _replace(staging: Path, target: Path) -> None:
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
     try:
         target.replace(aside)

@@ -9,7 +9,13 @@ from typing import Final
 from edge_export.plan.analysis import Analysis
 from edge_export.plan.encoder import EncoderAnalysis, EncoderPlan, plan_encoder
 from edge_export.plan.plan import ExportPlan, plan_decoder
-from edge_export.stages.costs import decoder_cost, encoder_cost, predicted_decoder, predicted_encoder
+from edge_export.stages.costs import (
+    check_size,
+    decoder_cost,
+    encoder_cost,
+    predicted_decoder,
+    predicted_encoder,
+)
 from edge_export.stages.values import Analysed, ModelKind, Planned, Run, extend, of
 from edge_reasoner.contract.bundle.manifest import Predicted
 from edge_reasoner.contract.profile.cost import GraphCost, require_fit
@@ -21,7 +27,8 @@ _Decided = tuple[ExportPlan | EncoderPlan, GraphCost, Predicted]
 
 
 def plan(run: Run, analysed: Analysed) -> Planned:
-    """Raises TargetError where the board's memory or the wanted latency do not allow the plan."""
+    """Raises TargetError where the board's memory or the wanted latency do not allow the plan,
+    CheckFailedError where its weights are larger than the wanted bundle."""
     decided, cost, predicted = _PLAN[analysed.kind](analysed)
     _check_latency(predicted, analysed.options.max_latency_ms)
     return extend(Planned, analysed, plan=decided, cost=cost, predicted=predicted)
@@ -38,6 +45,7 @@ def _decoder(analysed: Analysed) -> _Decided:
         analysed.texts.calibration_sha256,
         options.quantizer,
     )
+    check_size(decided.weight_bytes, options.max_size_mb)
     cost = decoder_cost(config, decided)
     require_fit(cost, analysed.board)
     return decided, cost, predicted_decoder(cost, analysed.board)

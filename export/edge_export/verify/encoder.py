@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from tokenizers import Tokenizer
 
 from edge_export.checkpoint.bert import EncoderCheckpoint
+from edge_export.checkpoint.tokenizer_files import encode_texts
 from edge_export.model.config import EncoderConfig
 from edge_export.model.encoder import Encoder, encoder_tensor_shapes, padded_batches
 from edge_export.plan.encoder import encoder_weights
@@ -119,6 +119,5 @@ def _tokenize(checkpoint: EncoderCheckpoint, texts: Sequence[str], max_tokens: i
     """Token ids with special tokens; a long text loses its end, not its closing token."""
     if not texts:
         raise InputError("an encoder is checked on at least one sentence; none was given")
-    tokenizer = Tokenizer.from_str(checkpoint.tokenizer.tokenizer_json.decode("utf-8"))
-    tokenizer.enable_truncation(min(max_tokens, checkpoint.config.context_tokens))
-    return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+    most = min(max_tokens, checkpoint.config.context_tokens)
+    return encode_texts(checkpoint.tokenizer.tokenizer_json, texts, most)

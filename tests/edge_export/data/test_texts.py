@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_checkpoints import tokenizer
+from tokenizers import Tokenizer, models
 
 import edge_export
+from edge_export.checkpoint.tokenizer_files import encode_texts, open_tokenizer
 from edge_export.data.texts import TextSet, calibration_text, probe_text, read_text_set, to_token_batches
-from edge_reasoner.errors import InputError
+from edge_reasoner.errors import CheckpointError, InputError
 
 
 def test_the_shipped_texts_are_two_different_ones():
@@ -73,3 +75,15 @@ def test_token_batches_keep_their_bounds():
     assert any(batch.tolist() == [0, *plain] for batch in batches)
     with pytest.raises(InputError, match="no document of two tokens or more"):
         to_token_batches(TextSet("t", ("x", ""), ""), tokenizer(), [], max_tokens=9, sequence_tokens=9)
+
+
+def test_a_tokenizer_that_fails_on_a_text():
+    """What the library raises for a word without a token is one line that names the tokenizer."""
+    broken = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="[UNK]"))
+    text = TextSet("t", ("the fox",), "0" * 64)
+    with pytest.raises(CheckpointError, match="t: not a usable tokenizer"):
+        to_token_batches(text, broken, [], max_tokens=9, sequence_tokens=9)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a usable tokenizer"):
+        encode_texts(broken.to_str().encode(), ["a", "the fox"], 9)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a usable tokenizer"):
+        open_tokenizer(b"{}")

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
+import signal
 import stat
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
+from support.answering_bundle import write_answering_bundle
 
+from edge_export.pipeline import export
 from edge_export.stages.pack import (
     _move_into_place,
     bundle_bytes,
     check_destination,
     file_entries,
+    restore_earlier,
     staging_folder,
 )
 from edge_export.stages.report import render_report
+from edge_reasoner.contract.bundle.open import open_bundle
 from edge_reasoner.errors import InputError
 
 
@@ -138,3 +147,68 @@ def test_report_without_units_or_warnings():
     """An encoder's report has no map of layers; no warnings are said to be none."""
     page = render_report("t", {}, [], []).decode("utf-8")
     assert "<li>none</li>" in page
+
+
+REPLACE_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+from edge_export.stages.pack import staging_folder
+
+rename = Path.replace
+
+def replace(self, target):
+    if self.name.endswith(".partial"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, target)
+
+Path.replace = replace
+with staging_folder(Path(sys.argv[1])) as folder:
+    (folder / "file").write_text("new")
+"""
+
+
+def _killed_between_the_renames(out) -> None:
+    done = subprocess.run([sys.executable, "-c", REPLACE_AND_DIE, str(out)], timeout=100, check=False)
+    assert done.returncode == -signal.SIGKILL and not out.exists()
+    assert sorted(path.suffix for path in out.parent.iterdir()) == [".old", ".partial"]
+
+
+def test_killed_between_the_renames(tmp_path):
+    """The earlier bundle, set aside by then, is put back, whole; the next export leaves only its own."""
+    out = tmp_path / "out"
+    write_answering_bundle(out)
+    before = open_bundle(out).manifest.bundle_id
+    _killed_between_the_renames(out)
+    restore_earlier(out)
+    assert open_bundle(out).manifest.bundle_id == before
+    with staging_folder(out) as folder:
+        (folder / "file").write_text("newer")
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_stands_aside_is_removed_once_there_is_a_bundle(tmp_path):
+    """A stale folder goes when `out` is a bundle; one in use, and one that is no bundle, alone, stay."""
+    out, aside = tmp_path / "out", tmp_path / ".out.abc.old"
+    write_answering_bundle(out)
+    write_answering_bundle(aside)
+    held = os.open(aside, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    restore_earlier(out)
+    assert names(tmp_path) == [".out.abc.old", "out"]
+    os.close(held)
+    restore_earlier(out)
+    assert names(tmp_path) == ["out"]
+    out.rename(aside)
+    (aside / "manifest.json").write_text("{}")
+    restore_earlier(out)
+    assert names(tmp_path) == [".out.abc.old"]
+
+
+def test_an_export_begins_with_mending(tmp_path):
+    """Whatever becomes of it: here its model is missing, and the earlier bundle is back all the same."""
+    out, aside = tmp_path / "out", tmp_path / ".out.abc.old"
+    write_answering_bundle(aside)
+    with pytest.raises(InputError, match="nowhere"):
+        export(str(tmp_path / "nowhere"), "generic-x86", out)
+    open_bundle(out)
+    assert names(tmp_path) == ["out"]

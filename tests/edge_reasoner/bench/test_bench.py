@@ -102,3 +102,19 @@ def test_a_prompt_longer_than_an_argument_may_be(tmp_path: Path, monkeypatch: py
             advance=lambda what: None,
             python=("sh", "-c", f'exec python3 -c "{words}"'),
         )
+
+
+def test_a_fresh_process_that_says_much(tmp_path: Path) -> None:
+    """More on standard error than a pipe holds, not all of it UTF-8, before the first line: no waiting, and
+    the last line is what is told."""
+    bundle = open_bundle(write_answering_bundle(tmp_path / "bundle"))
+    words = "import os,sys; os.write(2, b'x\\xff' * 500000 + b'\\nat last \\xff\\n'); sys.exit(3)"
+    with pytest.raises(BackendError, match="at last"):
+        bench(
+            bundle,
+            Machine(threads=1, cache_dir=None),
+            BenchOptions(prompt_tokens=4, new_tokens=2, repeats=1),
+            machine_gbps=lambda: 1.0,
+            advance=lambda what: None,
+            python=("sh", "-c", f'exec python3 -c "{words}"'),
+        )

@@ -89,7 +89,7 @@ def test_sampling_options(run, answering_bundle) -> None:
         (("BUNDLE", "-"), b"x" * 5000, "context"),
         (("BUNDLE", "-"), b"x" * (16 * 1024 * 1024 + 1), "bytes"),
         (("nowhere", "x"), b"", "nowhere: no such bundle"),
-        (("BUNDLE", "x", "--max-tokens", "0"), b"", "max_tokens"),
+        (("BUNDLE", "x", "--max-tokens", "0"), b"", "--max-tokens 0 "),
         (("BUNDLE", "x", "--temperature", "-1"), b"", "temperature"),
         (("BUNDLE", "x", "--temperature", "nan"), b"", "temperature"),
         (("BUNDLE", "x", "--threads", "0"), b"", "threads"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 import socket
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from support.hostile_cloud import GOOD, HEAD, HostileCloud, event, send
+
+from edge_reasoner.batch import BatchRow, run_batch
+from edge_reasoner.chat.params import SamplingParams
 
 KEYS = {
     "text", "thinking", "source", "model", "confidence", "decision", "usage", "timings", "cost",
@@ -167,3 +171,34 @@ def test_a_cloud_that_only_thinks_costs_its_row(run, answering_bundle, tmp_path)
         server.close()
     first, second = _read(out)
     assert ran.status == 2 and "gave no answer" in first["error"] and second["text"] == "Hello"
+
+
+def test_two_runs_of_one_output(run, answering_bundle, tmp_path) -> None:
+    """While a run writes OUT.partial, a second one is refused in one line; later it is not."""
+    source = _write(tmp_path / "in.jsonl", [{"prompt": "one"}])
+    partial = tmp_path / "out.jsonl.partial"
+    command = ("batch", answering_bundle, source, tmp_path / "out.jsonl", "--max-tokens", 2)
+    with partial.open("a+b") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "another run is writing it" in run(*command).fails_in_one_line(2)
+        assert partial.read_bytes() == b""
+    assert run(*command).status == 0 and not partial.exists()
+
+
+def test_an_error_of_the_model_is_none_of_writing(tmp_path) -> None:
+    """An OSError while answering is not said to be the output's; the partial file keeps what is done."""
+
+    class Broken:
+        def ask(self, prompt, *, params):
+            raise OSError(5, "Input/output error", "weights.data")
+
+    rows = [BatchRow(1, 0, "x")]
+    with pytest.raises(OSError, match="weights"):
+        run_batch(
+            Broken(),
+            rows,
+            tmp_path / "out.jsonl",
+            name="n",
+            params=SamplingParams(),
+            advance=lambda done: None,
+        )

@@ -12,6 +12,17 @@ import pytest
 from edge_reasoner import __version__
 from edge_reasoner.cli.main import COMMAND_TABLE
 
+NUMBERS = (
+    ("--max-tokens", "0"),
+    ("--temperature", "-1"),
+    ("--top-k", "-1"),
+    ("--top-p", "2"),
+    ("--min-p", "-1"),
+    ("--seed", "-1"),
+    ("--threads", "0"),
+    ("--context-tokens", "0"),
+    ("--context-tokens", "99999999"),
+)
 COMMANDS = ("ask", "batch", "bench", "bundle", "chat", "cloud", "doctor", "eval", "profiles")
 
 
@@ -120,3 +131,37 @@ def test_closed_standard_streams(closed: str, words: str, status: int) -> None:
     command = f"exec {shlex.quote(sys.executable)} -m edge_reasoner.cli.main {words} {closed}"
     ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
     assert ran.returncode == status and "unexpected" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("ask", "B", "x", *pair) for pair in NUMBERS),
+        *(("batch", "B", "B", "OUT", *pair) for pair in NUMBERS),
+        ("bench", "B", "--prompt-tokens", "0"),
+        ("bench", "B", "--new-tokens", "0"),
+        ("bench", "B", "--concurrency", "2"),
+        ("bench", "B", "--repeat", "0"),
+        ("bench", "B", "--seed", "-1"),
+        ("bench", "B", "--threads", "0"),
+        ("chat", "B", "--max-tokens", "0"),
+        ("chat", "B", "--threads", "0"),
+        ("eval", "B", "--data", "B", "--limit", "0"),
+        ("eval", "B", "--data", "B", "--max-tokens", "0"),
+        ("cloud", "B", "--port", "70000"),
+        ("cloud", "B", "--threads", "0"),
+        ("bundle", "verify", "B", "--threads", "0"),
+    ],
+    ids=" ".join,
+)
+def test_errors_speak_of_flags(run, arguments, answering_bundle, tmp_path) -> None:
+    """A number out of range is refused in one line that names the flag, not the library's parameter."""
+    rows = tmp_path / "in.jsonl"
+    rows.write_text('{"prompt": "x"}\n')
+    places = {"B": str(answering_bundle), "OUT": str(tmp_path / "out.jsonl")}
+    if arguments[0] == "batch":
+        arguments = ("batch", str(answering_bundle), str(rows), str(tmp_path / "out.jsonl"), *arguments[4:])
+    flag, value = arguments[-2:]
+    line = run(*(places.get(word, word) for word in arguments)).fails_in_one_line(2)
+    assert flag in line and value in line, line
+    assert f"{flag.strip('-').replace('-', '_')}=" not in line and "_" not in line.split(flag)[0]

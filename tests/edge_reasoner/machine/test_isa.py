@@ -85,3 +85,10 @@ def test_features_common_to_all_cores(tmp_path):
 def _python_with(folder):
     """An interpreter that finds modules in `folder`."""
     return ("env", f"PYTHONPATH={folder}", sys.executable)
+
+
+def test_a_child_that_does_not_speak_utf8(tmp_path):
+    """Bytes that are no UTF-8 in what the child says: the import still fails in one line."""
+    (tmp_path / "odd_words.py").write_text("import os\nos.write(2, b'\\xff\\xfe broken\\n')\nos._exit(3)\n")
+    probe = native_import_is_safe("odd_words", python=_python_with(tmp_path))
+    assert not probe.safe and "broken" in probe.message

@@ -340,3 +340,40 @@ def test_port_in_use_is_one_clear_line() -> None:
         serve(ReferenceModel(scripted_model(ANSWERS)), port=taken.getsockname()[1])
     with pytest.raises(InputError, match="65535"):
         serve(ReferenceModel(scripted_model(ANSWERS)), port=70_000)
+
+
+NULLS = (
+    "tools",
+    "tool_choice",
+    "logit_bias",
+    "response_format",
+    "stream",
+    "n",
+    "max_tokens",
+    "audio",
+    "seed",
+)
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_null_is_as_if_not_there(url: str, name: str) -> None:
+    """Clients send null for what they do not set; the answer is that of the request without it."""
+    plain = httpx.post(f"{url}/chat/completions", json=BODY).json()
+    reply = httpx.post(f"{url}/chat/completions", json={**BODY, name: None})
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["choices"] == plain["choices"]
+
+
+def test_nulls_within_a_request(url: str) -> None:
+    """The same in messages and their parts; a null that an item of a list is, or the messages are, is not."""
+    unset = {"tool_calls": None, "tool_call_id": None, "function_call": None, "audio": None, "name": None}
+    part = {"type": "text", "text": "What is the capital?", "cache_control": None}
+    messages = [
+        {**ASK[0], **unset},
+        {"role": "assistant", "content": "x", **unset},
+        {**ASK[0], "content": [part]},
+    ]
+    reply = httpx.post(f"{url}/chat/completions", json={**BODY, "messages": messages})
+    assert reply.status_code == 200, reply.text
+    for change in ({"messages": None}, {"messages": [None]}, {"stop": [None]}, {"tools": [None]}):
+        assert httpx.post(f"{url}/chat/completions", json={**BODY, **change}).status_code == 400

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -14,10 +15,12 @@ from edge_reasoner.cloud.answer import AnswerUnderWay, only_thought
 from edge_reasoner.cloud.base import CloudOptions, CloudResult, CloudStream
 from edge_reasoner.cloud.dialect import MAX_REPAIRS, Dialect, encode, request_body
 from edge_reasoner.cloud.faults import Fault, parse_fault
+from edge_reasoner.cloud.line import Line
 from edge_reasoner.cloud.model_list import ListedModel, first_chat_model
 from edge_reasoner.cloud.pump import pumped
 from edge_reasoner.cloud.redact import scrubbed, shown_url
 from edge_reasoner.cloud.replies import FailedAnswerError, read_answer
+from edge_reasoner.cloud.resolver import Resolve
 from edge_reasoner.cloud.retry import RetryError, is_passing, retry_after_s
 from edge_reasoner.cloud.transport import Reply, Transport
 from edge_reasoner.errors import (
@@ -31,6 +34,7 @@ from edge_reasoner.errors import (
 
 _MAX_MODEL_LIST_BYTES = 16 * 1024 * 1024
 _MAX_FAULT_BYTES = 64 * 1024
+_POLL_S = 0.1
 _NAME_A_MODEL = "name the model with cloud_model (--cloud-model)"
 _NO_TEXT_KINDS = ("text/html", "image/", "audio/", "video/")
 
@@ -53,16 +57,17 @@ class OpenAIModel:
         options: CloudOptions,
         *,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] | None = None,
         uniform: Callable[[float, float], float] = random.uniform,
         now: Callable[[], float] = time.time,
+        resolve: Resolve = socket.getaddrinfo,
     ) -> None:
         """Checks the URL's form and sends nothing. Raises InputError.
 
-        A key, a proxy or certificates that cannot be used are a CloudError of the first answer. `now`:
-        seconds since 1970.
+        A key, a proxy or certificates that cannot be used are a CloudError of the first answer. `sleep`:
+        between attempts; None: until then, or until the answer is given up. `now`: seconds since 1970.
         """
-        self._transport = Transport(options, clock)
+        self._transport = Transport(options, clock, resolve)
         self._url = self._transport.url
         self._options = options
         self._limits = options.limits
@@ -101,12 +106,13 @@ class OpenAIModel:
     def _pieces(self, request: ChatRequest, cancellation: Cancellation) -> _Pieces:
         """The answer as its reader sees it: within the total time, cancellable, errors without secrets."""
         end_s = self._clock() + self._limits.total_s
+        line = Line(end_s, self._clock)
         answer = AnswerUnderWay(self._transport.answer_redactor, self._limits, self._clock)
         texts = PulledStream(
             pumped(
-                self._tried(request, end_s, answer),
+                self._tried(request, line, answer),
+                line=line,
                 deadline_s=lambda: min(end_s, answer.settled_s),
-                clock=self._clock,
                 late=lambda: self._late(answer),
                 cancelled=answer.cancelled,
                 cancellation=cancellation,
@@ -142,16 +148,16 @@ class OpenAIModel:
             return self._concluded(answer)
         raise CloudUnavailableError(f"{self._url}: not done within {self._limits.total_s:g} s")
 
-    def _tried(self, request: ChatRequest, end_s: float, answer: AnswerUnderWay) -> _Pieces:
+    def _tried(self, request: ChatRequest, line: Line, answer: AnswerUnderWay) -> _Pieces:
         """Attempts, each in the words that the endpoint takes, until one succeeds."""
-        body = request_body(self._model_name(end_s), request)
+        body = request_body(self._model_name(line), request)
         changes: dict[str, str | None] = {}
         attempt = repairs = 0
         while True:
             sent = self._dialect.apply(body, changes)
             answer.begin(sent, stop=request.params.stop if "stop" not in sent else ())
             try:
-                yield from self._once(encode(sent), end_s, answer)
+                yield from self._once(encode(sent), line, answer)
                 return self._concluded(answer)
             except (_RefusedError, RetryError) as failed:
                 asked = self._dialect.repair(failed.status, failed.fault, sent, request.extra)
@@ -166,11 +172,11 @@ class OpenAIModel:
                     return self._concluded(answer)
                 if answer.shown:
                     raise failed.error from failed
-                self._back_off(attempt, failed, end_s)
+                self._back_off(attempt, failed, line)
                 attempt += 1
 
-    def _once(self, body: bytes, end_s: float, answer: AnswerUnderWay) -> Iterator[str]:
-        with self._transport.exchange("POST", "/chat/completions", body, end_s) as reply:
+    def _once(self, body: bytes, line: Line, answer: AnswerUnderWay) -> Iterator[str]:
+        with self._transport.exchange("POST", "/chat/completions", body, line) as reply:
             if not 200 <= reply.status < 300:
                 raise self._refusal(reply)
             kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -201,7 +207,7 @@ class OpenAIModel:
     def _refusal(self, reply: Reply) -> Exception:
         """The exception for a reply that is no answer."""
         status = reply.status
-        fault = parse_fault(reply.start_of_body(_MAX_FAULT_BYTES))
+        fault = parse_fault(reply.start_of_body(_MAX_FAULT_BYTES, self._limits.settle_s))
         text = f"{self._url}: HTTP {status}{fault.shown}"
         if status == 429 or is_passing(status, fault):
             error = CloudUnavailableError(text)
@@ -223,19 +229,25 @@ class OpenAIModel:
             return "; is that the URL of the API?"
         return f"; the URL of an API mostly ends in /v1: try {self._url}/v1"
 
-    def _model_name(self, end_s: float) -> str:
+    def _model_name(self, line: Line) -> str:
         if self._options.model is not None:
             return self._options.model
-        with self._list_lock:
+        while not self._list_lock.acquire(timeout=_POLL_S):
+            # another request asks, and has more time than this one
+            if line.over:
+                raise CloudUnavailableError(f"{self._url}/models: no answer in time")
+        try:
             if self._listed is None:
-                self._listed = self._first_model(end_s)
+                self._listed = self._first_model(line)
             return self._listed.id
+        finally:
+            self._list_lock.release()
 
-    def _first_model(self, end_s: float) -> ListedModel:
+    def _first_model(self, line: Line) -> ListedModel:
         attempt = 0
         while True:
             try:
-                with self._transport.exchange("GET", "/models", None, end_s) as reply:
+                with self._transport.exchange("GET", "/models", None, line) as reply:
                     if reply.status != 200:
                         raise self._refusal(reply)
                     body = reply.body(_MAX_MODEL_LIST_BYTES)
@@ -247,10 +259,10 @@ class OpenAIModel:
                 hint = "" if self._url.endswith("/v1") else self._path_hint()
                 raise CloudProtocolError(f"{self._url}/models: {error}; {_NAME_A_MODEL}{hint}") from error
             except RetryError as failed:
-                self._back_off(attempt, failed, end_s)
+                self._back_off(attempt, failed, line)
                 attempt += 1
 
-    def _back_off(self, attempt: int, failed: RetryError, end_s: float) -> None:
+    def _back_off(self, attempt: int, failed: RetryError, line: Line) -> None:
         """Waits before the next attempt, or raises what failed if there is none."""
         limits = self._limits
         if failed.wait_s is not None and failed.wait_s > limits.retry_after_cap_s:
@@ -261,6 +273,6 @@ class OpenAIModel:
         # full jitter: many devices that lost the same cloud must not come back together
         wait_s = self._uniform(0.0, min(limits.backoff_cap_s, limits.backoff_base_s * 2**attempt))
         wait_s += failed.wait_s or 0.0
-        if self._clock() + wait_s >= end_s:
+        if wait_s >= line.left_s():
             raise failed.error from failed
-        self._sleep(wait_s)
+        (self._sleep or line.wait)(wait_s)

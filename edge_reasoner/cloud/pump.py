@@ -1,7 +1,7 @@
 """Runs a blocking generator in a thread, so that its consumer never waits beyond a deadline.
 
-Socket time-outs bound one read each; name resolution has none at all, and a server may drip a header byte now
-and then for days. The consumer's own clock is the only bound that holds for all of them.
+The thread ends with its request: at the deadline, and when the consumer stops, the request's line is cut,
+which ends whatever the thread waits for.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ import threading
 from collections.abc import Callable, Generator
 
 from edge_reasoner.chat.model import Cancellation, PieceT, PulledStream, ResultT
-from edge_reasoner.errors import CloudUnavailableError
+from edge_reasoner.cloud.line import Line
+from edge_reasoner.errors import CloudProtocolError, CloudUnavailableError, EdgeReasonerError, one_line
 
 _QUEUE_ITEMS = 256
 _POLL_S = 0.1
 
 
 class _Waker:
-    """Wakes a consumer that waits at the queue."""
+    """Ends the request, and wakes a consumer that waits at the queue."""
 
-    def __init__(self, items: queue.Queue[tuple[str, object]]) -> None:
+    def __init__(self, items: queue.Queue[tuple[str, object]], line: Line) -> None:
         self._items = items
+        self._line = line
 
     def cancel(self) -> None:
+        self._line.cut()
         # a full queue wakes its consumer by itself
         with contextlib.suppress(queue.Full):
             self._items.put_nowait(("wake", None))
@@ -33,8 +36,8 @@ class _Waker:
 def pumped(
     source: Generator[PieceT, None, ResultT],
     *,
+    line: Line,
     deadline_s: Callable[[], float],
-    clock: Callable[[], float],
     late: Callable[[], ResultT],
     cancelled: Callable[[], ResultT],
     cancellation: Cancellation,
@@ -42,45 +45,48 @@ def pumped(
     """Yields what `source` yields and returns what it returns; at the deadline returns or raises what `late`
     does, and when cancelled what `cancelled` does, at once. The deadline is asked for anew after every item.
 
-    `source` runs in a daemon thread. When the consumer stops, `source` is closed at its next item; a source
-    that is stuck in a system call is left to that call's own end. Raises CloudUnavailableError where there is
-    no thread to be had.
+    `source` runs in a daemon thread, over `line`, which is cut when the consumer stops; it then ends at once.
+    Raises CloudUnavailableError where there is no thread to be had; whatever `source` raises that is no error
+    of ours is a CloudProtocolError: a reply must not bring down who asked.
     """
     items: queue.Queue[tuple[str, object]] = queue.Queue(_QUEUE_ITEMS)
-    abandoned = threading.Event()
     thread = threading.Thread(
-        target=_run, args=(source, items, abandoned), name="edge-reasoner-cloud", daemon=True
+        target=_run, args=(source, items, line), name="edge-reasoner-cloud", daemon=True
     )
     try:
         thread.start()
     except RuntimeError as error:
         raise CloudUnavailableError(f"no thread for the request could be started: {error}") from error
-    cancellation.follow(_Waker(items))
+    cancellation.follow(_Waker(items, line))
     try:
         while not cancellation.wanted:
             try:
-                kind, value = items.get(timeout=max(0.0, deadline_s() - clock()))
+                kind, value = items.get(timeout=max(0.0, deadline_s() - line.clock()))
             except queue.Empty:
                 return late()
             if kind == "error":
                 assert isinstance(value, BaseException)
-                raise value
+                if isinstance(value, EdgeReasonerError):
+                    raise value
+                text = f"the reply could not be read ({type(value).__name__}: {one_line(value, 100)})"
+                raise CloudProtocolError(text) from value
             if kind == "result":
                 return value  # type: ignore[return-value]  # the queue carries several kinds of value
             if kind == "item":
                 yield value  # type: ignore[misc]
         return cancelled()
     finally:
-        abandoned.set()
+        line.cut()
 
 
 def _run(
     source: Generator[PieceT, None, ResultT],
     items: queue.Queue[tuple[str, object]],
-    abandoned: threading.Event,
+    line: Line,
 ) -> None:
     def put(kind: str, value: object) -> bool:
-        while not abandoned.is_set():
+        # also a consumer that holds on to the answer and does not read has no more time than others
+        while not line.over:
             try:
                 items.put((kind, value), timeout=_POLL_S)
             except queue.Full:

@@ -228,7 +228,7 @@ def test_a_wrong_place_says_what_helps(ask, path: str, reply: bytes, said: str) 
         "http://u:hunter2@host/v1",
         "http://u:hunter2@[::1/v1",
         "u:hunter2@host",
-        "https://h/v1?key=hunter2",
+        "https://h/v1?key=hunter2#x",
         "//?hunter2",
     ],
 )

@@ -29,6 +29,11 @@ class Line:
         """Whether it was cut or its time has passed."""
         return self.left_s() <= 0
 
+    @property
+    def late(self) -> bool:
+        """Whether its time has passed."""
+        return self.clock() >= self._end_s
+
     def left_s(self) -> float:
         """Seconds left; 0 once it is over."""
         return 0.0 if self._was_cut.is_set() else max(0.0, self._end_s - self.clock())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -94,36 +95,48 @@ class TimedStream(httpcore.NetworkStream):
     def __init__(self, connection: socket.socket, line: Callable[[], Line]) -> None:
         self._socket = connection
         self._line = line
+        self._failed = False
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        line = self._line()
-        self._socket.settimeout(_within(line, timeout, httpcore.ReadTimeout))
-        try:
-            with line.holding(lambda: _shut(self._socket)):
-                received = self._socket.recv(max_bytes)
-        except TimeoutError as error:
-            raise httpcore.ReadTimeout("timed out") from error
-        except OSError as error:
-            raise httpcore.ReadError(str(error)) from error
+        with self._step(timeout, httpcore.ReadTimeout, httpcore.ReadError) as line:
+            received = self._socket.recv(max_bytes)
         line.spend(len(received))
         return received
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        line, rest = self._line(), memoryview(buffer)
+        rest = memoryview(buffer)
         while rest:
-            self._socket.settimeout(_within(line, timeout, httpcore.WriteTimeout))
-            try:
-                with line.holding(lambda: _shut(self._socket)):
-                    rest = rest[self._socket.send(rest) :]
-            except TimeoutError as error:
-                raise httpcore.WriteTimeout("timed out") from error
-            except OSError as error:
-                raise httpcore.WriteError(str(error)) from error
+            with self._step(timeout, httpcore.WriteTimeout, httpcore.WriteError):
+                rest = rest[self._socket.send(rest) :]
 
     def close(self) -> None:
-        # another thread that waits here wakes up
-        _shut(self._socket)
+        if self._failed:
+            # what is still to be sent must not keep the system busy with a server that does not take it
+            with contextlib.suppress(OSError):
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        else:
+            # another thread that waits here wakes up
+            _shut(self._socket)
         self._socket.close()
+
+    @contextlib.contextmanager
+    def _step(
+        self, timeout_s: float | None, late: type[Exception], failed: type[Exception]
+    ) -> Iterator[Line]:
+        """Whatever waits for the socket, within the time of its line."""
+        line = self._line()
+        try:
+            self._socket.settimeout(_within(line, timeout_s, late))
+            with line.holding(lambda: _shut(self._socket)):
+                yield line
+        except TimeoutError as error:
+            self._failed = True
+            raise late("timed out") from error
+        except OSError as error:
+            self._failed = True
+            raise failed(str(error)) from error
+        finally:
+            self._failed |= line.over
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None

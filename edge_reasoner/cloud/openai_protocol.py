@@ -185,8 +185,10 @@ class OpenAIModel:
                 raise CloudProtocolError(
                     f"{self._url}: content type {one_line(kind, 80)!r}; expected text/event-stream{hint}"
                 )
+            chunks = reply.chunks(self._limits.response_bytes)
             try:
-                yield from read_answer(reply.chunks(self._limits.response_bytes), answer, self._limits)
+                yield from read_answer(chunks, answer, self._limits)
+                reply.let_end(chunks)
             except FailedAnswerError as error:
                 failed = CloudProtocolError(f"{self._url}: {error}")
                 if answer.shown:

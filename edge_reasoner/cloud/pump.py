@@ -50,8 +50,9 @@ def pumped(
     of ours is a CloudProtocolError: a reply must not bring down who asked.
     """
     items: queue.Queue[tuple[str, object]] = queue.Queue(_QUEUE_ITEMS)
+    abandoned = threading.Event()
     thread = threading.Thread(
-        target=_run, args=(source, items, line), name="edge-reasoner-cloud", daemon=True
+        target=_run, args=(source, items, abandoned, line), name="edge-reasoner-cloud", daemon=True
     )
     try:
         thread.start()
@@ -76,17 +77,19 @@ def pumped(
                 yield value  # type: ignore[misc]
         return cancelled()
     finally:
+        abandoned.set()
         line.cut()
 
 
 def _run(
     source: Generator[PieceT, None, ResultT],
     items: queue.Queue[tuple[str, object]],
+    abandoned: threading.Event,
     line: Line,
 ) -> None:
     def put(kind: str, value: object) -> bool:
         # also a consumer that holds on to the answer and does not read has no more time than others
-        while not line.over:
+        while not abandoned.is_set() and not line.late:
             try:
                 items.put((kind, value), timeout=_POLL_S)
             except queue.Full:

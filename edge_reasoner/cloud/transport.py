@@ -43,6 +43,8 @@ _MAX_HEAD_BYTES = 1024 * 1024
 _MAX_OVERHEAD = 4
 _KEPT_CONNECTIONS = 20
 _KEPT_S = 5.0
+#: an answer that is whole waits no longer for the last bytes of its reply
+_END_S = 0.05
 
 
 class _Kept(TypedDict, total=False):
@@ -70,6 +72,14 @@ class Reply:
     def body(self, limit_bytes: int) -> bytes:
         """The whole body. Raises CloudProtocolError beyond the limit."""
         return b"".join(self.chunks(limit_bytes))
+
+    def let_end(self, chunks: Iterator[bytes]) -> None:
+        """Takes the end of a body of which no more is wanted if it comes now: its connection is then kept."""
+        with (
+            self._line.until(self._line.clock() + _END_S),
+            contextlib.suppress(CloudError, RetryError, *_NETWORK_ERRORS),
+        ):
+            next(chunks, None)
 
     def start_of_body(self, limit_bytes: int, within_s: float) -> bytes:
         """As much of the body as comes within the limits; for what is only shown."""

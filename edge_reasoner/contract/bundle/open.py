@@ -3,13 +3,12 @@
 After `open_bundle` returns: the manifest is canonical and matches its own digest; the directory holds
 exactly the files that the manifest lists (besides `manifest.json` and `manifest.sig`), each a regular file of
 the listed size (and SHA-256); no symlink exists inside; the figures of every spec are within bounds that no
-real model exceeds; and every file that a graph would make the runtime open is itself listed.
+real model exceeds; and every graph is one that the exporter writes, its weights in listed files.
 """
 
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import posixpath
 import stat
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from edge_reasoner.contract.bundle.graph_check import check_graph
 from edge_reasoner.contract.bundle.manifest import (
     MANIFEST_NAME,
     MAX_FILES,
@@ -29,7 +29,7 @@ from edge_reasoner.contract.bundle.manifest import (
     Manifest,
     parse_manifest,
 )
-from edge_reasoner.contract.bundle.onnx_scan import scan_graph
+from edge_reasoner.contract.bundle.onnx_scan import MAX_GRAPH_BYTES, Known
 from edge_reasoner.errors import BundleError
 
 SIGNATURE_NAME = "manifest.sig"
@@ -39,8 +39,6 @@ ByteProgress = Callable[[int, int], None]
 
 _CHUNK_BYTES = 1 << 20
 _MAX_SIGNATURE_BYTES = 64 * 1024
-#: operators that make the runtime read files or run code which no hash in the manifest covers
-_FORBIDDEN_OPS = frozenset({"EPContext", "PythonOp", "PythonOpGrad", "ATen"})
 #: (field, largest allowed): far above any model that exists, far below what breaks an allocation or an index
 _SPEC_LIMITS = {"vocab_size": 1 << 22, "context_tokens": 1 << 24, "parameters": 1 << 43}
 _DECODER_LIMITS = {**_SPEC_LIMITS, "hidden_size": 1 << 20}
@@ -122,8 +120,9 @@ def open_bundle(
             if verify == "full":
                 _check_hash(file, entry, advance)
     for component in manifest.components:
+        known: Known = {}
         for graph in sorted({variant.graph for variant in component.variants}):
-            _check_graph(root, graph, {entry.path for entry in component.files})
+            _check_graph(root, graph, component, known)
     return Bundle(root, manifest)
 
 
@@ -242,28 +241,9 @@ def _check_tokenizer(component: Component) -> None:
         )
 
 
-def _check_graph(root: Path, graph: str, listed: set[str]) -> None:
-    """Everything that the graph would make the runtime open is a listed file of the same component."""
+def _check_graph(root: Path, graph: str, component: Component, known: Known) -> None:
+    """It is what the exporter writes, and all that it would make the runtime open is the component's."""
     if not graph.endswith(".onnx"):
         raise BundleError(f"{MANIFEST_NAME}: graph {graph!r} must end in .onnx")
-    with _open_regular(root, graph) as file:
-        try:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise BundleError(f"{graph}: cannot be read: {error}") from error
-        with mapped, memoryview(mapped) as data:
-            references = scan_graph(data, graph)
-    for location in references.locations:
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(graph), location))
-        if (
-            posixpath.isabs(location)
-            or "\\" in location
-            or ".." in location.split("/")
-            or target not in listed
-        ):
-            raise BundleError(
-                f"{graph}: refers to external data {location[:200]!r}, which the manifest does not list"
-            )
-    for op_type in references.op_types:
-        if op_type in _FORBIDDEN_OPS:
-            raise BundleError(f"{graph}: operator {op_type!r} is not allowed in a bundle")
+    listed = {entry.path: entry.size_bytes for entry in component.files}
+    check_graph(_read_small(root, graph, MAX_GRAPH_BYTES), graph, component.spec, listed, known)

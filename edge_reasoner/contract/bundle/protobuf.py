@@ -6,15 +6,18 @@
 
 Readers differ on varints that are longer than need be, on keys beyond 32 bits and on numbers beyond 64: such
 bytes could mean one thing here and another to the runtime, so they are refused, as are field number 0
-and the deprecated groups (wire types 3 and 4).
+and the deprecated groups (wire types 3 and 4). A key has 32 bits, so field numbers end at 2^29 - 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_VARINT_BYTES = 10
+
+Data = TypeVar("Data", bytes, memoryview)
 
 
 class ProtobufError(ValueError):
@@ -26,29 +29,43 @@ def fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
     Varints come as int (unsigned, 64 bits), everything else as its bytes. Raises ProtobufError.
     """
+    for key, value in keyed_fields(data):
+        yield key >> 3, value
+
+
+def keyed_fields(data: Data) -> Iterator[tuple[int, int | Data]]:
+    """As `fields`, with each field's whole key, number << 3 | wire type: for readers that know both."""
     position, end = 0, len(data)
     while position < end:
-        key, position = read_varint(data, position)
-        number, wire_type = key >> 3, key & 7
-        if number == 0 or key >> 32:
-            raise ProtobufError(f"field number {number}")
-        if wire_type == _VARINT:
-            value, position = read_varint(data, position)
-            yield number, value
-            continue
+        key = data[position]
+        if key < 0x80:
+            position += 1
+        else:
+            key, position = read_varint(data, position)
+        wire_type = key & 7
+        if key < 8 or key >> 32:
+            raise ProtobufError(f"field number {key >> 3}")
         if wire_type == _BYTES:
-            size, position = read_varint(data, position)
+            if position < end and data[position] < 0x80:
+                size = data[position]
+                position += 1
+            else:
+                size, position = read_varint(data, position)
+        elif wire_type == _VARINT:
+            value, position = read_varint(data, position)
+            yield key, value
+            continue
         elif wire_type in (_FIXED32, _FIXED64):
             size = 4 if wire_type == _FIXED32 else 8
         else:
             raise ProtobufError(f"wire type {wire_type}")
         if size > end - position:
             raise ProtobufError("truncated")
-        yield number, data[position : position + size]
+        yield key, data[position : position + size]
         position += size
 
 
-def read_varint(data: memoryview, position: int) -> tuple[int, int]:
+def read_varint(data: bytes | memoryview, position: int) -> tuple[int, int]:
     """The unsigned number at `position`, and the position after it. Raises ProtobufError."""
     value = 0
     for index in range(_MAX_VARINT_BYTES):

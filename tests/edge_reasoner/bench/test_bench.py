@@ -31,7 +31,9 @@ def test_streamed_bytes_against_onnx(tmp_path: Path) -> None:
 def test_tied_embedding_is_streamed(tmp_path: Path) -> None:
     """A table that a matrix product reads too counts whole."""
     model = tiny.decoder_model(tiny.weights(), 0)
-    model.graph.node.append(onnx.helper.make_node("MatMul", ["x", "embed"], ["unused"]))
+    model.graph.node.append(
+        onnx.helper.make_node("FusedMatMul", ["x", "embed"], ["unused"], domain=tiny.MS, transB=1)
+    )
     root = write_answering_bundle(tmp_path / "bundle")
     before = graph_bytes(open_bundle(root), "graphs/fp32.onnx").streamed
     from support import tiny_bundle

@@ -27,7 +27,7 @@ from edge_reasoner.query.assemble import Machine
 
 HOT_CELSIUS = 80.0
 _SLOW_CLOCK_SHARE = 0.95
-_LIBRARIES = ("numpy", "tokenizers", "httpx", "jinja2", "msgspec", "click", "rich", "starlette", "uvicorn")
+_LIBRARIES = ("numpy", "tokenizers", "httpx", "jinja2", "msgspec", "click", "rich", "starlette", "h11")
 _SLOW_GOVERNORS = ("powersave", "conservative")
 
 

@@ -19,6 +19,13 @@ from edge_reasoner.errors import InputError
 @click.option(
     "--auth-token-env", metavar="VAR", help="The environment variable with the bearer token to demand."
 )
+@click.option(
+    "--allow-host",
+    "allow_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="A further host name that clients call it by (repeatable; '*': any).",
+)
 @threads_option
 @context_option
 def cloud(
@@ -27,6 +34,7 @@ def cloud(
     port: int,
     name: str | None,
     auth_token_env: str | None,
+    allow_hosts: tuple[str, ...],
     threads: int | None,
     context_tokens: int | None,
 ) -> None:
@@ -41,7 +49,7 @@ def cloud(
     try:
         from edge_reasoner.server.reference import ReferenceModel, serve
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn"):
+        if error.name not in ("starlette", "h11"):
             raise
         raise InputError(f"serving needs {error.name}; install edge-reasoner[server]") from error
     if not 0 <= port <= 65535:
@@ -57,7 +65,14 @@ def cloud(
             cache_dir=machine.cache_dir,
             name=name,
         )
-    serve(served, host=host, port=port, auth_token=token, ready=lambda url: note(f"listening on {url}"))
+    serve(
+        served,
+        host=host,
+        port=port,
+        auth_token=token,
+        allow_hosts=allow_hosts,
+        ready=lambda url: note(f"listening on {url}"),
+    )
 
 
 def _token(variable: str | None) -> str | None:

@@ -1,15 +1,17 @@
-"""The HTTP application: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/healthz`."""
+"""The HTTP application: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/healthz`.
+
+Who may ask, what a body may weigh and how long it may take is judged before (`guard.py`, `connection.py`).
+"""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -18,44 +20,28 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from edge_reasoner.chat.model import ChatModel, ChatRequest, ChatResult, thought_of
+from edge_reasoner.chat.model import ChatRequest, ChatResult, thought_of
 from edge_reasoner.errors import EdgeReasonerError, InputError, OverloadedError
 from edge_reasoner.server.protocol import (
-    MAX_REQUEST_BYTES,
     ChatBody,
     CompletionBody,
     Reply,
     RequestError,
     finish_reason_body,
     parse_body,
+    too_busy,
 )
-from edge_reasoner.server.work import Results, Streams, too_busy
+from edge_reasoner.server.work import Results, Streams
 
 DEFAULT_MAX_WAITING = 8
-_BODY_TIMEOUT_S = 30.0
 _log = logging.getLogger(__name__)
 
 Outcome = TypeVar("Outcome")
 
 
-def create_app(
-    model: ChatModel,
-    *,
-    max_waiting: int = DEFAULT_MAX_WAITING,
-    auth_token: str | None = None,
-    now: Callable[[], float] = time.time,
-) -> Starlette:
-    """The application over one model. `auth_token`: required as a bearer token on /v1; None: open.
-
-    `now` gives the seconds since 1970 that replies carry. The model is closed when the application stops.
-    """
-    server = _Server(Streams(model, max_waiting=max_waiting), auth_token, now)
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        server.streams.close()
-
+def create_app(streams: Streams, *, now: Callable[[], float] = time.time) -> Starlette:
+    """The application over one model. `now` gives the seconds since 1970 that replies carry."""
+    server = _Server(streams, now)
     return Starlette(
         routes=[
             Route("/healthz", server.health),
@@ -73,14 +59,12 @@ def create_app(
             ClientDisconnect: _gone,
             Exception: _fail,
         },
-        lifespan=lifespan,
     )
 
 
 class _Server:
-    def __init__(self, streams: Streams, auth_token: str | None, now: Callable[[], float]) -> None:
+    def __init__(self, streams: Streams, now: Callable[[], float]) -> None:
         self.streams = streams
-        self._auth_token = auth_token
         self._now = now
         self._started_s = int(now())
 
@@ -90,19 +74,16 @@ class _Server:
 
     async def models(self, request: Request) -> Response:
         """The one model."""
-        self._authorize(request)
         return JSONResponse({"object": "list", "data": [self._model_body()]})
 
     async def one_model(self, request: Request) -> Response:
         """That model, by name."""
-        self._authorize(request)
         self._check_model(request.path_params["name"])
         return JSONResponse(self._model_body())
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
-        self._authorize(request)
-        body = parse_body(await _read_body(request), ChatBody)
+        body = parse_body(await request.body(), ChatBody)
         self._check_model(body.model)
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         asked = ChatRequest(
@@ -112,8 +93,7 @@ class _Server:
 
     async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`."""
-        self._authorize(request)
-        body = parse_body(await _read_body(request), CompletionBody)
+        body = parse_body(await request.body(), CompletionBody)
         self._check_model(body.model)
         asked = ChatRequest(
             text=body.prompt, params=body.params(body.max_tokens), context_tokens=body.attention_window
@@ -138,14 +118,6 @@ class _Server:
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
 
-    def _authorize(self, request: Request) -> None:
-        if self._auth_token is None:
-            return
-        given = request.headers.get("authorization", "")
-        # header bytes arrive decoded as Latin-1, whatever they are
-        if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {self._auth_token}".encode()):
-            raise RequestError(401, "missing or wrong bearer token", "authentication_error")
-
     def _check_model(self, name: str) -> None:
         if name != self.streams.model.name:
             raise RequestError(404, f"model {name[:100]!r} is not served; {self.streams.model.name!r} is")
@@ -159,24 +131,6 @@ class _Server:
             "owned_by": "edge-reasoner",
             "context_tokens": model.context_tokens,
         }
-
-
-async def _read_body(request: Request) -> bytes:
-    """The request's body, bounded before it is held in memory."""
-    declared = request.headers.get("content-length", "0")
-    body = b""
-    if declared.isascii() and declared.isdigit() and int(declared[:12]) <= MAX_REQUEST_BYTES:
-        chunks = request.stream()
-        end_s = asyncio.get_running_loop().time() + _BODY_TIMEOUT_S
-        while len(body) <= MAX_REQUEST_BYTES:
-            left_s = end_s - asyncio.get_running_loop().time()
-            try:
-                body += await asyncio.wait_for(anext(chunks), left_s)
-            except StopAsyncIteration:
-                return body
-            except asyncio.TimeoutError as error:
-                raise RequestError(408, f"the request took longer than {_BODY_TIMEOUT_S:g} s") from error
-    raise RequestError(413, f"the request exceeds {MAX_REQUEST_BYTES} bytes")
 
 
 async def _first(request: Request, results: Results) -> str | ChatResult:
@@ -238,6 +192,8 @@ async def _events(
             # the status line is long gone: the stream itself must say that it failed
             _log.error("generation failed: %s", error)
             yield _event(RequestError(500, "the model failed", "server_error").body())
+        except RequestError as error:
+            yield _event(error.body())
 
 
 def _event(body: dict[str, Any]) -> bytes:

@@ -18,6 +18,7 @@ from edge_reasoner.errors import InputError
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 DEFAULT_MAX_TOKENS = 512
 _MAX_MESSAGES = 2000
+_RETRY_AFTER_S = 2
 _THINKING = THINKING_FIELDS[0]
 
 Body = TypeVar("Body", bound="_Body")
@@ -39,6 +40,16 @@ class RequestError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON error body."""
         return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.status}}
+
+
+def too_busy(why: str) -> RequestError:
+    """The reply to a request that would have to wait too long."""
+    return RequestError(429, why, "rate_limit_error", _RETRY_AFTER_S)
+
+
+def ending() -> RequestError:
+    """The reply to a request that the end of the service cuts short, or that comes after it."""
+    return RequestError(503, "the service ends", "server_error")
 
 
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 from edge_reasoner.chat.model import ChatModel, ChatRequest, ChatResult, ChatStream
-from edge_reasoner.server.protocol import RequestError
+from edge_reasoner.errors import BackendError
+from edge_reasoner.server.protocol import RequestError, ending, too_busy
 
-_RETRY_AFTER_S = 2
-
-
-def too_busy(why: str) -> RequestError:
-    """The reply to a request that would have to wait too long."""
-    return RequestError(429, why, "rate_limit_error", _RETRY_AFTER_S)
+#: how long the end of the service waits for model calls under way
+_END_S = 10.0
 
 
 class Streams:
@@ -30,17 +27,28 @@ class Streams:
         """`max_waiting`: requests beyond one that is being answered; more are refused with 429."""
         self.model = model
         self._most = max_waiting + 1
-        self._open: set[_Bridge] = set()
+        self._open: dict[_Bridge, threading.Thread] = {}
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(self._most, thread_name_prefix="edge-reasoner-stream")
+        self._ending = False
 
-    def close(self) -> None:
-        """Cancels what is under way, waits for its readers, and closes the model."""
+    def end(self) -> None:
+        """Ends what is under way: each caller gets a RequestError(503) at once, whatever the model does, and
+        the model stops after its call under way. New requests get the same. Never waits."""
         with self._lock:
+            self._ending = True
             bridges = tuple(self._open)
         for bridge in bridges:
+            bridge.post(ending())
             bridge.give_up()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def close(self) -> None:
+        """`end`, waits for the readers (for as long as a model call takes), and closes the model."""
+        self.end()
+        with self._lock:
+            threads = tuple(self._open.values())
+        until_s = time.monotonic() + _END_S
+        for thread in threads:
+            thread.join(max(0.0, until_s - time.monotonic()))
         self.model.close()
 
     def submit(self, request: ChatRequest) -> Results:
@@ -49,17 +57,21 @@ class Streams:
         What the model raises comes from the first item. Closing or dropping the results cancels the answer.
         """
         bridge = _Bridge(asyncio.get_running_loop())
+        # a daemon: a model that never comes back must not keep the process from ending
+        thread = threading.Thread(
+            target=self._read, args=(request, bridge), name="edge-reasoner-stream", daemon=True
+        )
         with self._lock:
+            if self._ending:
+                raise ending()
             if len(self._open) >= self._most:
                 raise too_busy("the queue is full; try again later")
-            self._open.add(bridge)
+            self._open[bridge] = thread
         try:
-            self._pool.submit(self._read, request, bridge)
+            thread.start()
         except RuntimeError as error:
-            # shut down, or the system gives no thread
-            bridge.give_up()
-            with self._lock:
-                self._open.discard(bridge)
+            # the system gives no thread
+            self._forget(bridge)
             raise RequestError(503, "the service takes no requests now", "server_error") from error
         return Results(bridge)
 
@@ -77,9 +89,16 @@ class Streams:
                 stream.close()
         except Exception as error:  # noqa: BLE001  # the thread's edge: the request gets the error
             bridge.post(error)
+        except BaseException as error:  # noqa: BLE001  # a library's panic, too, is an answer that failed
+            failed = BackendError(f"{type(error).__name__} in the model: {error}")
+            failed.__cause__ = error
+            bridge.post(failed)
         finally:
-            with self._lock:
-                self._open.discard(bridge)
+            self._forget(bridge)
+
+    def _forget(self, bridge: _Bridge) -> None:
+        with self._lock:
+            self._open.pop(bridge, None)
 
 
 class Results:
@@ -125,8 +144,9 @@ class _Bridge:
 
     def post(self, item: str | ChatResult | Exception) -> None:
         """Hands an item over; nobody waits."""
-        if not self.closed and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
+        if not self.closed:
+            with contextlib.suppress(RuntimeError):  # the loop may close at any time; nobody waits then
+                self._loop.call_soon_threadsafe(self._items.put_nowait, item)
 
     def give_up(self) -> None:
         """Nobody reads any more: the answer is cancelled."""

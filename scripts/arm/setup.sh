@@ -162,7 +162,7 @@ PY
 # The host's own versions as pip constraints, so that both architectures run the same releases.
 constraints() {
   "$(host_python)" -m pip list --format=freeze 2>/dev/null |
-    grep -E '^(onnx|onnxruntime|numpy|tokenizers|msgspec|[Jj]inja2|pytest|hypothesis|starlette|uvicorn|httpx)==' || true
+    grep -E '^(onnx|onnxruntime|numpy|tokenizers|msgspec|[Jj]inja2|pytest|hypothesis|starlette|h11|httpx)==' || true
 }
 
 stage_wheels() {

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
+from support.http_requests import post
 from support.local_models import scripted_model
 
 from edge_reasoner.chat.model import Cancellation, PulledStream
@@ -27,6 +28,7 @@ ANSWERS = {
     "endless": "<think>the fox " + "jumps " * 9,
 }
 ASK = [{"role": "user", "content": "What is the capital?"}]
+JSON = {"Content-Type": "application/json"}
 BODY = {"model": "tiny", "messages": ASK, "temperature": 0}
 
 
@@ -220,7 +222,7 @@ def test_bad_requests(url: str, change: dict, says: str, stream: bool) -> None:
 )
 def test_garbage_bodies(url: str, data: bytes) -> None:
     """Bodies that are no request are 400, and the service goes on."""
-    reply = httpx.post(f"{url}/chat/completions", content=data)
+    reply = httpx.post(f"{url}/chat/completions", content=data, headers=JSON)
     assert reply.status_code == 400 and "error" in reply.json()
     assert httpx.get(url.removesuffix("v1") + "healthz").json()["status"] == "ok"
 
@@ -231,9 +233,9 @@ def test_other_refusals(url: str) -> None:
     assert httpx.get(f"{url}/nothing").json()["error"]["code"] == 404
     assert httpx.post(f"{url}/chat/completions", json={**BODY, "model": "gpt-4"}).status_code == 404
     big = b'{"x": "' + b"a" * MAX_REQUEST_BYTES + b'"}'
-    assert httpx.post(f"{url}/chat/completions", content=big).status_code == 413
+    assert httpx.post(f"{url}/chat/completions", content=big, headers=JSON).status_code == 413
     chunked = (b"a" * 65536 for _ in range(MAX_REQUEST_BYTES // 65536 + 2))
-    assert httpx.post(f"{url}/chat/completions", content=chunked).status_code == 413
+    assert httpx.post(f"{url}/chat/completions", content=chunked, headers=JSON).status_code == 413
 
 
 @pytest.mark.parametrize(
@@ -242,7 +244,8 @@ def test_other_refusals(url: str) -> None:
         b"\x16\x03\x01\x02\x00garbage",
         b"GET\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: x\r\n\r\n",
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\nContent-Length: 99999\r\n\r\n{",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 99999\r\n\r\n{",
     ],
 )
 def test_raw_garbage_leaves_the_service_up(url: str, raw: bytes) -> None:
@@ -279,8 +282,7 @@ def test_disconnect_cancels(stream: bool) -> None:
         body = json.dumps({**BODY, "model": "slow", "stream": stream}).encode()
         port = int(base.rsplit(":", 1)[1].removesuffix("/v1"))
         with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body)
+            connection.sendall(post("/v1/chat/completions", body))
             assert _wait(lambda: model.started == 1)
             assert _wait(lambda: model.pieces > 2) and model.ended == 0
         assert _wait(lambda: model.ended == 1)

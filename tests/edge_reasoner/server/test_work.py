@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 
 import httpx
 import pytest
+from support.http_requests import post
 from support.watched_model import TIMEOUT_S, WatchedModel, echo, local_of
 
 from edge_reasoner.chat.model import ChatRequest
@@ -68,8 +69,7 @@ def _ask(base: str, token: str, *, stream: bool, max_tokens: int = 400) -> socke
     ).encode()
     port = int(base.rsplit(":", 1)[1].removesuffix("/v1"))
     connection = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection.sendall(head.encode() + body)
+    connection.sendall(post("/v1/completions", body))
     return connection
 
 

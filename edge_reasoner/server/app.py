@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from edge_reasoner.chat.model import ChatRequest, ChatResult, thought_of
-from edge_reasoner.errors import EdgeReasonerError, InputError, OverloadedError
+from edge_reasoner.errors import EdgeReasonerError, InputError, OverloadedError, one_line
 from edge_reasoner.server.protocol import (
     ChatBody,
     CompletionBody,
@@ -188,12 +188,12 @@ async def _events(
             if usage:
                 yield _event(reply.usage_chunk(item.usage))
             yield b"data: [DONE]\n\n"
-        except EdgeReasonerError as error:
-            # the status line is long gone: the stream itself must say that it failed
-            _log.error("generation failed: %s", error)
-            yield _event(RequestError(500, "the model failed", "server_error").body())
         except RequestError as error:
             yield _event(error.body())
+        except Exception as error:  # noqa: BLE001  # the server's edge
+            # the status line is long gone: the stream itself must say that it failed
+            _log.error("generation failed: %s: %s", type(error).__name__, one_line(error))
+            yield _event(RequestError(500, "the model failed", "server_error").body())
 
 
 def _event(body: dict[str, Any]) -> bytes:
@@ -222,7 +222,7 @@ async def _refuse_busy(request: Request, error: Exception) -> Response:
 
 async def _fail(request: Request, error: Exception) -> Response:
     # What went wrong inside is for the log, not for the client.
-    _log.error("request failed: %s: %s", type(error).__name__, error)
+    _log.error("request failed: %s: %s", type(error).__name__, one_line(error))
     return JSONResponse(RequestError(500, "the model failed", "server_error").body(), 500)
 
 

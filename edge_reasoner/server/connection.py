@@ -214,6 +214,8 @@ class Connection(asyncio.Protocol):
                 raise RequestError(413, f"the request exceeds {self._limits.body_bytes} bytes")
         elif isinstance(event, h11.EndOfMessage):
             assert self._head is not None, "a body follows its head"
+            if len(event.headers) > self._limits.headers:
+                raise RequestError(431, f"the body's end has more than {self._limits.headers} fields")
             body = bytes(self._body)
             self._drop_body()
             self._disarm()

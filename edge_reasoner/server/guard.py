@@ -98,7 +98,7 @@ class Guard:
     def _check_framing(self, head: Head) -> None:
         """One length, told once: what two readers could understand differently is not read at all."""
         if head.version not in ("1.0", "1.1"):
-            raise RequestError(505, "HTTP/1.1 is spoken here")
+            raise RequestError(505, "the version of HTTP must be 1.0 or 1.1")
         size = sum(len(name) + len(value) + 4 for name, value in head.headers) + len(head.target)
         if size > self._limits.head_bytes or len(head.headers) > self._limits.headers:
             raise RequestError(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from support.http_requests import port_of, post
+from support.http_requests import exchange, port_of, post
 from support.local_models import scripted_model
 from support.talking_model import TalkingModel
 
@@ -24,6 +24,7 @@ from edge_reasoner.server.reference import ReferenceModel, serving
 TIMEOUT_S = 60.0
 CHAT = "/v1/chat/completions"
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "capital"}]}
 
 
@@ -169,17 +170,19 @@ def test_a_client_that_never_closes_is_left() -> None:
     """A refused client that keeps its side open does not keep the connection."""
     limits = HttpLimits(head_s=0.1)
     with serving(ReferenceModel(scripted_model({})), limits=limits) as base:
+        exchange(base, HEALTH)  # the service runs from here on
         before = _sockets()
         with ExitStack() as stack:
             for _ in range(5):
                 stack.enter_context(_connect(base)).sendall(b"\x00\r\n\r\n")
-            assert _comes_true(lambda: _sockets() == before + 5), "the clients' own are left"
+            assert _comes_true(lambda: _sockets() <= before + 5), "the clients' own are left"
 
 
 def test_a_client_that_never_reads_is_left() -> None:
     """An answer that nobody takes is kept for a while only; the model was not held up by it."""
     long = TalkingModel(lambda request, cancellation: iter(["x" * 100_000] * 400))
     with serving(long, limits=HttpLimits(write_s=0.2)) as base:
+        exchange(base, HEALTH)  # the service runs from here on
         before = _sockets()
         body = json.dumps({**ASK, "model": "talking", "stream": True}).encode()
         with ExitStack() as stack:
@@ -190,7 +193,7 @@ def test_a_client_that_never_reads_is_left() -> None:
                 connection.sendall(post(CHAT, body))
             for _ in range(3):
                 assert long.ended.acquire(timeout=TIMEOUT_S)
-            assert _comes_true(lambda: _sockets() == before + 3), "the clients' own are left"
+            assert _comes_true(lambda: _sockets() <= before + 3), "the clients' own are left"
 
 
 def test_a_flood_of_requests_before_an_answer_is_cut_off() -> None:
@@ -218,8 +221,7 @@ def test_a_flood_of_requests_before_an_answer_is_cut_off() -> None:
 def test_descriptors_do_not_pile_up() -> None:
     """Hundreds of connections that come and go leave nothing."""
     with serving(ReferenceModel(scripted_model({}))) as base:
-        with _connect(base):
-            pass
+        exchange(base, HEALTH)  # the service runs from here on
         before = _descriptors()
         for number in range(300):
             with _connect(base) as connection:

@@ -22,6 +22,7 @@ from edge_reasoner.cloud import connect
 from edge_reasoner.cloud.base import CloudOptions
 from edge_reasoner.errors import InputError
 from edge_reasoner.files import exists
+from edge_reasoner.gate.policy import Policy
 from edge_reasoner.reasoner import Reasoner, sampling_params
 
 #: `parameters` that `infer` takes: the sampling parameters, and `attention_window`
@@ -57,17 +58,21 @@ class InferenceClient:
         api_key: str | None = None,
         model_name: str | None = None,
         endpoint: str | os.PathLike[str] | None = None,
+        *,
+        policy: Policy | None = None,
     ) -> None:
         """`endpoint` is a URL (http://…/v1) or a bundle (a directory or a `.tar`); without
         it, `model_name` is that path.
 
-        `api_key` None takes OPENAI_API_KEY from the environment; neither is used for a bundle. Raises
+        `api_key` None takes OPENAI_API_KEY from the environment; neither is used for a bundle. `policy`: the
+        rules for what a URL is sent (default: `Policy()`); what they forbid is a PrivacyVetoError. Raises
         InputError.
         """
         self._lock = threading.Lock()
         self._reasoner: Reasoner | None = None
         self._cloud: ChatModel | None = None
         self._bundle: Path | None = None
+        self._policy = policy
         place = endpoint if endpoint is not None else model_name
         if place is None:
             raise InputError("InferenceClient: give an endpoint (a URL or a bundle) or a model_name")
@@ -75,7 +80,8 @@ class InferenceClient:
         if isinstance(place, str) and "://" in place:
             environment = os.environ if api_key is None else {**os.environ, _KEY_NAME: api_key}
             key_env = "OPENAI_API_KEY" if api_key is None else _KEY_NAME
-            self._cloud = connect(CloudOptions(place, model_name, key_env, environment))
+            rules = (policy or Policy()).screen
+            self._cloud = connect(CloudOptions(place, model_name, key_env, environment, screen=rules))
         elif exists(Path(place)):
             self._bundle = Path(place)
         else:
@@ -91,7 +97,8 @@ class InferenceClient:
         answer together, that the model attends to. A bundle enforces it as a context limit (a longer prompt
         is refused, an answer ends there with reason "context"); an endpoint gets it as a request field of
         that name, and may ignore or refuse it. Raises InputError (unknown parameters are named, with those
-        allowed), ContextOverflowError, CloudError.
+        allowed), PrivacyVetoError (a URL is not sent what the policy forbids), ContextOverflowError,
+        CloudError.
         """
         given = dict(parameters or {})
         window = given.pop(_WINDOW, None)
@@ -129,7 +136,7 @@ class InferenceClient:
         with self._lock:
             if self._reasoner is None:
                 assert self._bundle is not None, "without an endpoint there is a bundle"
-                self._reasoner = Reasoner.open(self._bundle, mode="local")
+                self._reasoner = Reasoner.open(self._bundle, mode="local", policy=self._policy)
             return self._reasoner
 
 

@@ -6,6 +6,7 @@
     │   ├── CheckpointError           2  a model file is missing, corrupt or of an unsupported family
     │   ├── BundleError               2  a bundle is missing, corrupt, or not what its manifest says
     │   ├── TemplateError             2  a chat template is malformed, hostile or not applicable
+    │   ├── PrivacyVetoError          2  the owner's rules keep a request from being sent
     │   └── ContextOverflowError      2  a prompt does not fit the context
     ├── CheckFailedError              3  a quality, size or target check failed; nothing was written
     │   ├── TargetError               3  the board cannot take this model or these operators
@@ -80,6 +81,10 @@ class BundleError(InputError):
 
 class TemplateError(InputError):
     """A chat template is malformed, hostile or not applicable to the messages."""
+
+
+class PrivacyVetoError(InputError):
+    """The owner's rules keep a request from being sent: the message names them, and nothing of its text."""
 
 
 class ContextOverflowError(InputError):

@@ -106,7 +106,8 @@ class Reasoner:
         client = None if isinstance(cloud, str) else _as_chat_model(cloud)
         if isinstance(cloud, str):
             limits = cloud_limits or CloudLimits()
-            options = CloudOptions(cloud, cloud_model, api_key_env, environment, limits, price)
+            rules = (policy or Policy()).screen
+            options = CloudOptions(cloud, cloud_model, api_key_env, environment, limits, price, rules)
             client = connect(options, protocol)
         machine = Machine(
             threads=threads or default_threads(),

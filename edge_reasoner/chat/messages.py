@@ -9,6 +9,8 @@ from edge_reasoner.errors import InputError
 
 #: where messages carry what was thought before an answer; the first is the one written here
 THINKING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+#: texts that an endpoint is sent beside role and content
+_SENT_TEXTS = ("name", "tool_call_id")
 
 
 def message_text(message: Message) -> str:
@@ -25,12 +27,28 @@ def message_text(message: Message) -> str:
     )
 
 
-def sent_text(message: Message) -> str:
-    """All that an endpoint would read of a message: its text, and every other field but thinking. Raises
-    InputError."""
-    ours = ("role", "content", *THINKING_FIELDS)
-    others = [str(value) for name, value in message.items() if name not in ours]
-    return "\n".join([message_text(message), *others])
+def sent_message(message: Message) -> Message:
+    """What an endpoint is sent of a message: the fields that are known, its text parts joined. Nothing else
+    leaves: no thinking, no images, no fields of a caller's own. Raises InputError."""
+    sent = {"role": message.get("role"), "content": message_text(message)}
+    for name in _SENT_TEXTS:
+        if isinstance(text := message.get(name), str):
+            sent[name] = text
+    calls = message.get("tool_calls")
+    if isinstance(calls, (list, tuple)) and calls:
+        sent["tool_calls"] = [_sent_call(call) for call in calls]
+    return sent
+
+
+def _sent_call(call: object) -> dict[str, object]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(name, str) or not isinstance(arguments, str):
+        raise InputError("tool_calls: each needs a function with a name and its arguments as a text")
+    given = {"id": call.get("id"), "type": call.get("type", "function")}
+    plain = {key: value for key, value in given.items() if isinstance(value, str)}
+    return plain | {"function": {"name": name, "arguments": arguments}}
 
 
 def said(answer: str, thinking: str | None) -> Message:

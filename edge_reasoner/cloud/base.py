@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from edge_reasoner.chat.model import PulledStream, Usage
 from edge_reasoner.errors import InputError
+from edge_reasoner.privacy.screen import DEFAULT_SCREEN, Screen
 
 _TIMES = ("connect_s", "read_s", "total_s", "settle_s")
 
@@ -54,6 +55,7 @@ class CloudOptions:
     """Where the cloud is. `model` None asks the endpoint which model it serves (the first it lists).
 
     The API key is read from `environment[api_key_env]`; it is never stored in a file, logged or shown.
+    `screen`: the owner's rules for what is sent; without others, those of a `Policy` with no options.
     """
 
     url: str
@@ -62,6 +64,7 @@ class CloudOptions:
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     limits: CloudLimits = CloudLimits()
     price: CloudPrice | None = None
+    screen: Screen = DEFAULT_SCREEN
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ import threading
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from edge_reasoner.chat.messages import THINKING_FIELDS
+from edge_reasoner.chat.messages import sent_message
 from edge_reasoner.chat.model import ChatRequest
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.cloud.faults import Fault
 from edge_reasoner.cloud.roles import RoleDialect
-from edge_reasoner.contract.template.render import Message
 from edge_reasoner.errors import InputError
 
 #: repairs of one request; there are no more parameters than this
@@ -131,7 +130,7 @@ def request_body(model: str, request: ChatRequest) -> dict[str, Any]:
     params = request.params
     body: dict[str, Any] = {
         "model": model,
-        "messages": [_sent(message) for message in request.messages],
+        "messages": [sent_message(message) for message in request.messages],
         "stream": True,
         "stream_options": {"include_usage": True},
         "temperature": params.temperature,
@@ -148,11 +147,6 @@ def request_body(model: str, request: ChatRequest) -> dict[str, Any]:
     if params.seed is not None:
         body["seed"] = params.seed
     return body | dict(request.extra)
-
-
-def _sent(message: Message) -> dict[str, Any]:
-    """Without what was thought before earlier answers: some endpoints refuse it."""
-    return {name: value for name, value in message.items() if name not in THINKING_FIELDS}
 
 
 def encode(body: Mapping[str, Any]) -> bytes:

@@ -31,6 +31,7 @@ from edge_reasoner.errors import (
     NoAnswerError,
     one_line,
 )
+from edge_reasoner.privacy.screen import ScreenedBody
 
 _MAX_MODEL_LIST_BYTES = 16 * 1024 * 1024
 _MAX_FAULT_BYTES = 64 * 1024
@@ -90,12 +91,13 @@ class OpenAIModel:
         """Starts an answer: see `ChatModel.submit`. Sends nothing before the first piece is asked for.
 
         Retries within the limits while nothing was yielded. Raises InputError at once: a raw text, or
-        messages that are no JSON; CloudUnavailableError or CloudProtocolError from the stream, also in
-        mid-answer. None of them, nor anything in the answer, holds the API key.
+        messages that are no JSON; PrivacyVetoError, at once or before anything is sent; CloudUnavailableError
+        or CloudProtocolError from the stream, also in mid-answer. None of them, nor anything in the answer,
+        holds the API key.
         """
         if request.text is not None:
             raise InputError("a cloud endpoint takes messages; it cannot continue a raw text")
-        encode(request_body("", request))
+        self._options.screen.checked(encode(request_body(self._options.model or "", request)))
         cancellation = Cancellation()
         return PulledStream(self._pieces(request, cancellation), cancellation)
 
@@ -157,7 +159,7 @@ class OpenAIModel:
             sent = self._dialect.apply(body, changes)
             answer.begin(sent, stop=request.params.stop if "stop" not in sent else ())
             try:
-                yield from self._once(encode(sent), line, answer)
+                yield from self._once(self._options.screen.checked(encode(sent)), line, answer)
                 return self._concluded(answer)
             except (_RefusedError, RetryError) as failed:
                 asked = self._dialect.repair(failed.status, failed.fault, sent, request.extra)
@@ -175,7 +177,7 @@ class OpenAIModel:
                 self._back_off(attempt, failed, line)
                 attempt += 1
 
-    def _once(self, body: bytes, line: Line, answer: AnswerUnderWay) -> Iterator[str]:
+    def _once(self, body: ScreenedBody, line: Line, answer: AnswerUnderWay) -> Iterator[str]:
         with self._transport.exchange("POST", "/chat/completions", body, line) as reply:
             if not 200 <= reply.status < 300:
                 raise self._refusal(reply)

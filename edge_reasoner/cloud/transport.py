@@ -28,6 +28,7 @@ from edge_reasoner.cloud.redact import Redactor, is_telling, shown_url
 from edge_reasoner.cloud.resolver import Resolve, Resolver
 from edge_reasoner.cloud.retry import RetryError
 from edge_reasoner.errors import CloudError, CloudUnavailableError, one_line
+from edge_reasoner.privacy.screen import ScreenedBody
 
 #: of the library: how a request may fail at the network
 _NETWORK_ERRORS = (
@@ -129,9 +130,9 @@ class Transport:
         self._headers = list[tuple[str, str]]()
 
     @contextmanager
-    def exchange(self, method: str, path: str, body: bytes | None, line: Line) -> Iterator[Reply]:
+    def exchange(self, method: str, path: str, body: ScreenedBody | None, line: Line) -> Iterator[Reply]:
         """One request, within the time of `line`. Faults of the network, in it and in the reading of its
-        reply, become RetryError."""
+        reply, become RetryError. `body`: what a screen has let pass."""
         pool = self._connected(line)
         line.allow(_MAX_HEAD_BYTES)
         try:
@@ -169,7 +170,7 @@ class Transport:
             pool.close()
 
     def _sent(
-        self, pool: httpcore.ConnectionPool, method: str, path: str, body: bytes | None, line: Line
+        self, pool: httpcore.ConnectionPool, method: str, path: str, body: ScreenedBody | None, line: Line
     ) -> contextlib.AbstractContextManager[httpcore.Response]:
         limits, left_s = self._limits, line.left_s()
         if left_s <= 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from edge_reasoner.gate.policy import Mode, Policy
 
@@ -18,7 +20,7 @@ class Vetoes:
 
 
 def vetoes(
-    text: str,
+    request: Mapping[str, Any],
     *,
     prompt_tokens: int,
     context_tokens: int | None,
@@ -29,8 +31,9 @@ def vetoes(
 ) -> Vetoes:
     """Which places are excluded for a prompt.
 
-    `text` is everything that would be sent; `prompt_tokens` its length as the local model sees it, template
-    included; `context_tokens` the local limit, of which one token must be left for an answer; None where the
+    `request` is everything that could be sent, by the names that it would have there; `prompt_tokens` the
+    prompt's length as the local model sees it, template included; `context_tokens` the local limit, of which
+    one token must be left for an answer; None where the
     local model is not asked.
     `local_problem`: why the local model cannot read the prompt, if it cannot.
     """
@@ -43,17 +46,10 @@ def vetoes(
         against_local.append(f"the local model cannot read the prompt: {local_problem}")
     if mode == "cloud":
         against_local.append("mode is cloud")
-    forbidden: list[str] = []
-    if policy.local_only:
-        forbidden.append("the policy is local_only")
-    forbidden += [f"private: the prompt holds a {name}" for name in policy.private_matches(text)]
-    if len(text) > policy.max_cloud_prompt_chars:
-        forbidden.append(
-            f"the prompt exceeds the {policy.max_cloud_prompt_chars} characters that may be sent"
-        )
+    forbidden = policy.screen.reasons(request)
     circumstance: list[str] = []
     if mode in ("local", "offline"):
         circumstance.append(f"mode is {mode}")
     elif not has_cloud:
         circumstance.append("no cloud is configured")
-    return Vetoes(tuple(against_local), (*forbidden, *circumstance), tuple(forbidden))
+    return Vetoes(tuple(against_local), (*forbidden, *circumstance), forbidden)

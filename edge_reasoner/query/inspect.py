@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_reasoner.chat.messages import message_text, sent_text
+from edge_reasoner.chat.messages import THINKING_FIELDS, message_text
 from edge_reasoner.chat.model import ChatRequest
 from edge_reasoner.errors import InputError
 from edge_reasoner.gate.decide import Decision, decide_before
@@ -53,10 +54,9 @@ def inspect(
     """Looks at a query. Raises InputError for messages without text, and what opening the device raises.
 
     Mode "cloud" asks nothing of the device: neither tokenizer, template nor encoder are tried then, and its
-    context is no limit. The owner's vetoes look at the text alone and hold in every mode.
+    context is no limit. The owner's vetoes look at the request alone and hold in every mode.
     """
     messages = query.request.messages
-    text = "\n".join(sent_text(message) for message in messages)
     prompt_ids: tuple[int, ...] = ()
     local_error: InputError | None = None
     context_tokens: int | None = None
@@ -72,7 +72,7 @@ def inspect(
             local_error = error
     looked = preprocessor.run(message_text(messages[-1]))
     veto = vetoes(
-        text,
+        _sendable(query.request),
         prompt_tokens=len(prompt_ids),
         context_tokens=context_tokens,
         local_problem=None if local_error is None else str(local_error),
@@ -90,3 +90,12 @@ def inspect(
         preprocess_ms=looked.preprocess_ms,
         local_error=local_error,
     )
+
+
+def _sendable(request: ChatRequest) -> dict[str, Any]:
+    """All of a request that a cloud could be given, whether a protocol sends it or not; never thinking."""
+    messages = [
+        {name: value for name, value in message.items() if name not in THINKING_FIELDS}
+        for message in request.messages
+    ]
+    return {"messages": messages, "stop": request.params.stop}

@@ -20,6 +20,7 @@ from edge_reasoner.errors import (
     InputError,
     NoAnswerError,
     OverloadedError,
+    PrivacyVetoError,
 )
 from edge_reasoner.gate.decide import AnswerStats, Decision, decide_after, forced
 from edge_reasoner.gate.policy import Policy
@@ -149,7 +150,7 @@ class Router:
     def _only_cloud(self, way: _Way) -> Pieces:
         forbidden = way.looked.veto.forbidden
         if forbidden:
-            raise InputError(f"mode cloud is not allowed for this prompt: {'; '.join(forbidden)}")
+            raise PrivacyVetoError(f"mode cloud is not allowed for this prompt: {'; '.join(forbidden)}")
         if self._cloud is None:
             raise InputError("mode cloud: no cloud is configured; give the endpoint's URL")
         shown: list[str] = []

@@ -90,7 +90,8 @@ def _vetoes(text: str = "hello", **changes):
         "mode": "auto",
         "has_cloud": True,
     }
-    return vetoes(text, **{**options, **changes})
+    request = {"messages": [{"role": "user", "content": text}]}
+    return vetoes(request, **{**options, **changes})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What must not leave the device: how it is found in whatever is about to be sent."""

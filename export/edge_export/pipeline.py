@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import torch
 
+from edge_export.model.threads import torch_threads
 from edge_export.options import ExportOptions
 from edge_export.progress import Progress, silent
 from edge_export.stages.analyse import analyse
@@ -92,17 +91,6 @@ def _export(
                 (whole,) = _step(stage, run, (whole,), done)
             packed = whole
     return _report(values[0], packed, out, run.cache.reused, time.monotonic() - started)
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """torch computes with so many threads; afterwards with as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _as_path(name: str, value: object) -> Path:

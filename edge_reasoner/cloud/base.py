@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edge_reasoner.chat.model import PulledStream, Usage
+from edge_reasoner.cloud.redact import shown_url
 from edge_reasoner.errors import InputError
 from edge_reasoner.privacy.screen import DEFAULT_SCREEN, Screen
 
@@ -65,6 +66,9 @@ class CloudOptions:
     limits: CloudLimits = CloudLimits()
     price: CloudPrice | None = None
     screen: Screen = DEFAULT_SCREEN
+
+    def __repr__(self) -> str:
+        return f"CloudOptions(url={shown_url(str(self.url))!r}, model={self.model!r})"
 
 
 @dataclass(frozen=True)

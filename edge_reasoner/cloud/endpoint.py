@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, unquote_plus
 
@@ -25,8 +25,8 @@ class Endpoint:
     """The URL of an API. `shown` has no query; `query_secrets` are values of the query that may be secret."""
 
     shown: str
-    url: httpx.URL
-    query_secrets: tuple[str, ...] = ()
+    url: httpx.URL = field(repr=False)
+    query_secrets: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def scheme(self) -> str:

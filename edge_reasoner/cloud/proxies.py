@@ -22,10 +22,11 @@ def is_loopback(host: str) -> bool:
 def proxy_for(scheme: str, host: str, port: int, environment: Mapping[str, str]) -> tuple[str, str] | None:
     """(variable, proxy URL) for an endpoint, or None for a direct connection.
 
-    `https_proxy` or `http_proxy`, else `all_proxy`, each in lower or upper case, unless `no_proxy` names the
-    host. This machine is never asked through a proxy, whatever the variables say.
+    For `https`: `https_proxy`, else `all_proxy`, each in lower or upper case, unless `no_proxy` names the
+    host. This machine is never asked through a proxy, whatever the variables say, nor is a plain `http`
+    endpoint: its proxy would read the prompts, and the answers, of a cloud that the owner chose without it.
     """
-    if is_loopback(host):
+    if scheme != "https" or is_loopback(host):
         return None
     names = [f"{scheme}_proxy", "all_proxy"]
     for name in (name for low in names for name in (low, low.upper())):

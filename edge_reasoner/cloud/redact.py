@@ -1,7 +1,9 @@
 """Keeps secrets out of every text that leaves a cloud client, whatever an endpoint echoes.
 
 A secret is found whole or in part (`PART_CHARS` of its characters in a row), in any letter case, and as its
-URL-encoded, base64 and hexadecimal form. What is found becomes `***`.
+URL-encoded, base64 and hexadecimal form. In errors and logs it is found as well where line breaks, spaces or
+characters that show nothing stand within it, and where some or all of it is escaped (`%73`, `\\u0073`,
+`&#115;`). What is found becomes `***`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterable
 from urllib.parse import quote
 
 from edge_reasoner.errors import CloudError
+from edge_reasoner.privacy.fold import unescaped
 
 #: this many characters of a secret in a row are recognizable
 PART_CHARS = 8
@@ -20,6 +23,12 @@ _HELD_CHARS = 3
 _MAX_CAUSES = 32
 _MASK = "***"
 _USER = re.compile(r"(?<=://)[^/\s]*@")
+#: what may stand within a secret that was wrapped: spaces, escaped ones, marks, format characters
+_WITHIN = re.compile(
+    r"[\s\x00-\x1f\x7f-\xa0\xad\u034f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\ufffd]"
+    r"|\\[nrt]|</?[a-z]{1,4} ?/?>",
+    re.IGNORECASE,
+)
 _LOWER = str.maketrans({chr(code): chr(code + 32) for code in range(ord("A"), ord("Z") + 1)})
 
 
@@ -40,8 +49,33 @@ class Redactor:
         self._short = re.compile(rf"(?<![a-z0-9])(?:{'|'.join(short)})(?![a-z0-9])") if short else None
 
     def clean(self, text: str) -> str:
-        """`text` without secrets, and without user names and passwords in URLs."""
-        return self.mask(_USER.sub(_MASK + "@", text))
+        """`text` without secrets, wrapped and escaped ones too, and without users and passwords in URLs."""
+        text = self._mask_wrapped(_USER.sub(_MASK + "@", text))
+        decoded = unescaped(text)
+        return text if decoded == text or not self._holds(decoded) else self._mask_wrapped(decoded)
+
+    def _holds(self, text: str) -> bool:
+        return self._mask_wrapped(text) != text
+
+    def _mask_wrapped(self, text: str) -> str:
+        """`text` without secrets, whatever stands between their characters."""
+        text = self.mask(text)
+        kept: list[int] = []
+        at = 0
+        for match in _WITHIN.finditer(text):
+            kept += range(at, match.start())
+            at = match.end()
+        if not at or not self._parts:
+            return text
+        kept += range(at, len(text))
+        spans = [
+            (kept[start], kept[end - 1] + 1)
+            for start, end, hidden in self.runs("".join(text[place] for place in kept))
+            if hidden and kept[end - 1] - kept[start] >= end - start
+        ]
+        for start, end in reversed(spans):
+            text = text[:start] + _MASK + text[end:]
+        return text
 
     def mask(self, text: str) -> str:
         """`text` without secrets."""

@@ -22,6 +22,7 @@ from edge_reasoner.cloud.certificates import trusting, trusting_nobody
 from edge_reasoner.cloud.encodings import unpacked
 from edge_reasoner.cloud.endpoint import parse_endpoint
 from edge_reasoner.cloud.line import Line
+from edge_reasoner.cloud.logs import redacted_logs
 from edge_reasoner.cloud.network import TimedBackend
 from edge_reasoner.cloud.proxies import is_loopback, proxy_for
 from edge_reasoner.cloud.redact import Redactor, is_telling, shown_url
@@ -136,7 +137,11 @@ class Transport:
         pool = self._connected(line)
         line.allow(_MAX_HEAD_BYTES)
         try:
-            with self._backend.serving(line), self._sent(pool, method, path, body, line) as response:
+            with (
+                redacted_logs(self.redactor),
+                self._backend.serving(line),
+                self._sent(pool, method, path, body, line) as response,
+            ):
                 line.allow(_MAX_HEAD_BYTES + _MAX_OVERHEAD * self._limits.response_bytes)
                 yield Reply(response, line, lambda limit: self._chunks(response, limit))
         except httpcore.TimeoutException as error:

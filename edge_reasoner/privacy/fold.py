@@ -52,12 +52,17 @@ def folded(text: str) -> str:
 def views(text: str) -> tuple[str, ...]:
     """`text` folded, and once more with its escapes decoded if it has any: `\\u0040`, `%40`, `&#64;`."""
     plain = folded(text)
-    decoded = plain
-    for _ in range(_ROUNDS):
-        if not _ESCAPE.search(decoded):
-            break
-        decoded = folded(_ESCAPE.sub(_unescaped, decoded))
+    decoded = folded(unescaped(plain))
     return (plain,) if decoded == plain else (plain, decoded)
+
+
+def unescaped(text: str) -> str:
+    """`text` with `\\u0040`, `\\x40`, `%40`, `&#64;` and the like decoded, twice at most."""
+    for _ in range(_ROUNDS):
+        if not _ESCAPE.search(text):
+            break
+        text = _ESCAPE.sub(_unescaped, text)
+    return text
 
 
 def _plain(character: str) -> str:

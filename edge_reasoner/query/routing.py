@@ -179,6 +179,11 @@ class Router:
         shown: list[str] = []
         try:
             result = yield from self._ask_cloud(way, self._cloud, shown)
+        except PrivacyVetoError as error:
+            # the owner's rules are no failure: nothing was sent
+            if way.looked.veto.against_local:
+                raise
+            return (yield from self._instead(way, forced("local", (str(error),), decision), fallback))
         except EdgeReasonerError as error:
             # whatever it is (another tier may fail in any way): the device answers itself
             note = f"the cloud failed ({error}); answered on the device"
@@ -197,6 +202,16 @@ class Router:
             outcome = yield from self._try_local(way, gated=False)
             fallback, decision = outcome.generation, forced("cloud", decision.reasons, outcome.decision)
         return self._local_answer(way, LocalOutcome(fallback, decision, False), "degraded", note, spent)
+
+    def _instead(self, way: _Way, decision: Decision, fallback: Generation | None) -> Pieces:
+        """The local answer where the cloud was not allowed after all."""
+        if fallback is None:
+            outcome = yield from self._try_local(way, gated=False)
+            fallback = outcome.generation
+        else:
+            way.meter.token()
+            yield Piece(fallback.text, "local", thought=fallback.thinking or "")
+        return self._local_answer(way, LocalOutcome(fallback, decision, False), "local", None)
 
     def _try_local(
         self, way: _Way, *, gated: bool, shown: list[str] | None = None

@@ -41,6 +41,7 @@ def test_what_is_this_machine(host: str, local: bool) -> None:
         ({"https_proxy": "http://p:1"}, ("https_proxy", "http://p:1")),
         ({"HTTPS_PROXY": "p:1"}, ("HTTPS_PROXY", "http://p:1")),
         ({"http_proxy": "http://p:1"}, None),
+        ({"HTTP_PROXY": "http://p:1"}, None),
         ({"all_proxy": "http://a:1"}, ("all_proxy", "http://a:1")),
         ({"ALL_PROXY": "http://a:1", "https_proxy": "http://p:1"}, ("https_proxy", "http://p:1")),
         ({"https_proxy": " ", "all_proxy": ""}, None),
@@ -108,15 +109,18 @@ def test_https_goes_through_a_tunnel(ask) -> None:
     assert "hunter2" not in str(caught.value)
 
 
-def test_http_without_a_key_may_use_a_proxy(ask) -> None:
-    """Without a key the proxy is asked; with one, nothing is sent at all."""
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy"])
+def test_no_proxy_reads_what_is_not_encrypted(ask, variable: str) -> None:
+    """A plain http cloud is asked directly: a proxy gets neither prompt nor answer. With a key nothing
+    is sent at all."""
     with hostile_cloud(send(GOOD)) as proxy:
-        environment = {"http_proxy": proxy.url.removesuffix("/v1")}
-        assert ask("http://cloud.example/v1", environment=environment).text == "Hello"
-        assert proxy.requests[0].startswith(b"POST http://cloud.example/v1/chat/completions ")
+        environment = {variable: proxy.url.removesuffix("/v1")}
+        with pytest.raises(CloudUnavailableError):
+            # a name that leads nowhere: only a proxy could have answered
+            ask("http://cloud.invalid/v1", environment=environment)
         with pytest.raises(CloudUnavailableError, match="unencrypted"):
-            ask("http://cloud.example/v1", environment=environment | KEY)
-        assert len(proxy.requests) == 1
+            ask("http://cloud.invalid/v1", environment=environment | KEY)
+        assert not proxy.requests
 
 
 @pytest.mark.parametrize(

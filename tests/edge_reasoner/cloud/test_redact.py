@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import logging
+import traceback
 from urllib.parse import quote
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.hostile_cloud import HEAD, event, hostile_cloud, send, status
+from support.hostile_cloud import GOOD, HEAD, event, hostile_cloud, send, status
 
+from edge_reasoner.cloud.base import CloudOptions
+from edge_reasoner.cloud.endpoint import parse_endpoint
+from edge_reasoner.cloud.openai_protocol import OpenAIModel
 from edge_reasoner.cloud.redact import PART_CHARS, PieceRedactor, Redactor, shown_url
 from edge_reasoner.errors import CloudError, CloudUnavailableError
+from edge_reasoner.privacy.fold import unescaped
 
 KEY = "sk-proj-Abcdefghij/+0123456789MNOPqrst"
 _KEYS = st.text("abAB01-_/+=.", min_size=PART_CHARS, max_size=40)
@@ -46,6 +53,87 @@ def test_forms_and_parts_are_found(echo: str) -> None:
     for start in range(0, len(echo) - PART_CHARS, 5):
         tail = echo[start : start + PART_CHARS + 5].lower()
         assert tail not in lower or tail in "before bearer  after"
+
+
+def _wrapped(text: str, width: int, with_: str) -> str:
+    return with_.join(text[at : at + width] for at in range(0, len(text), width))
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        *(_wrapped(KEY, width, gap) for width in (1, 3, 7, 11) for gap in ("\n", " ", "\r\n  ", "\t", "\\n")),
+        *(
+            _wrapped(KEY, 5, gap)
+            for gap in ("\u200b", "\u00ad", "\u00a0", "\x00", "<br>", "<br />", "\ufffd")
+        ),
+        _wrapped(base64.b64encode(f"user:{KEY}".encode()).decode(), 10, "\n"),
+        _wrapped(KEY.encode().hex(), 6, " "),
+        "".join(f"%{byte:02x}" for byte in KEY.encode()),
+        "".join(f"\\u{byte:04x}" for byte in KEY.encode()),
+        "".join(f"\\x{byte:02X}" for byte in KEY.encode()),
+        "".join(f"&#{byte};" for byte in KEY.encode()),
+        "".join(f"&#x{byte:x};" for byte in KEY.encode()),
+        quote(quote(KEY, safe=""), safe=""),
+        KEY.replace("-", "%2D").replace("/", "\\u002f"),
+    ],
+)
+def test_wrapped_and_escaped_forms_are_found(echo: str) -> None:
+    """Whatever stands between the key's characters, or for them: nothing is left that gives it back."""
+    cleaned = Redactor((KEY,)).clean(f"before: {echo} after")
+    assert cleaned.startswith("before: ") and cleaned.endswith(" after") and "***" in cleaned
+    squeezed = "".join(unescaped(cleaned).split()).lower()
+    assert not _leaks(squeezed, KEY.lower())
+
+
+def test_cleaning_is_stable_and_leaves_the_rest() -> None:
+    """Cleaned once is cleaned; texts without secrets come back as they were, escapes and all."""
+    redactor = Redactor((KEY,))
+    for text in ("50 %20 off \\u0041 <br>\n a  b", f"x {_wrapped(KEY, 4, ' ')} y %41"):
+        assert redactor.clean(redactor.clean(text)) == redactor.clean(text)
+    assert redactor.clean("50 %20 off \\u0041 <br>\n a  b") == "50 %20 off \\u0041 <br>\n a  b"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        status(400, body=json.dumps({"error": {"message": "bad key " + _wrapped(KEY, 6, "\n")}}).encode()),
+        status(401, body=quote(f"Authorization: Bearer {KEY}").encode()),
+        status(403, body=base64.b64encode(f"user:{KEY}".encode())),
+        status(500, body=json.dumps({"detail": "".join(f"\\u{b:04x}" for b in KEY.encode())}).encode()),
+        HEAD + event("", error={"message": _wrapped(KEY, 4, " ")}),
+    ],
+)
+def test_a_wrapped_echo_is_in_no_error(ask, reply: bytes) -> None:
+    """Nor in what a traceback prints of it."""
+    with hostile_cloud(send(reply)) as server, pytest.raises(CloudError) as caught:
+        ask(server.url, environment={"OPENAI_API_KEY": KEY})
+    printed = "".join(traceback.format_exception(caught.value))
+    assert not _leaks("".join(unescaped(printed).split()))
+    assert base64.b64encode(KEY.encode()).decode()[8:24] not in printed
+
+
+def test_the_log_of_the_http_library_has_no_key(ask, caplog) -> None:
+    """Headers and errors that echo the key come without it, also at the finest level; the log is left as it
+    was."""
+    echo = b"X-Echo: " + KEY.encode() + b"\r\nConnection"
+    replies = (GOOD.replace(b"Connection", echo), b"HTTP/1.1 200 OK\r\nBad " + KEY.encode() + b"\r\n\r\n")
+    before = list(logging.getLogger("httpcore.http11").filters)
+    with caplog.at_level(logging.DEBUG), contextlib.suppress(CloudError):
+        for reply in replies:
+            with hostile_cloud(send(reply)) as server:
+                ask(server.url, environment={"OPENAI_API_KEY": KEY})
+    assert "receive_response_headers" in caplog.text and "***" in caplog.text
+    assert not _leaks(caplog.text) and logging.getLogger("httpcore.http11").filters == before
+
+
+def test_what_is_shown_of_the_options_has_no_secret() -> None:
+    """As a debugger or a log would print them."""
+    options = CloudOptions(f"https://u:{KEY}@h/v1?key={KEY}", "m", "K", {"K": KEY})
+    assert not _leaks(repr(options)) and "https://h/v1" in repr(options)
+    model = OpenAIModel(CloudOptions(f"https://h/v1?key={KEY}", "m", "K", {"K": KEY}))
+    assert not _leaks(repr(model)) and not _leaks(repr(parse_endpoint(f"https://h/v1?key={KEY}")))
+    model.close()
 
 
 def test_short_keys_are_whole_words() -> None:

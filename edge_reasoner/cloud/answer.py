@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,12 @@ from edge_reasoner.cloud.parts import Part
 from edge_reasoner.cloud.redact import PieceRedactor, Redactor
 from edge_reasoner.engine.stopping import StopMatcher
 from edge_reasoner.errors import CloudProtocolError, NoAnswerError, one_line
+
+#: spaces, controls and characters without a width are no words
+_VISIBLE = re.compile(
+    "[^\\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
+)
 
 
 def only_thought(finish_reason: str) -> str:
@@ -45,12 +52,15 @@ class AnswerUnderWay:
         self._halves, self._thought_halves = _Halves(), _Halves()
         self._chars = 0
         self._has_words = False
+        #: something came after a finish reason
+        self._went_on = False
         self._thinking: list[str] = []
         self._finish: str | None = None
         self._model: str | None = None
         self._usage: Usage | None = None
         self._called_tools = self._refused = False
-        self._index: float | None = None
+        #: which of several answers this is, once it is known
+        self.index: float | None = None
         #: as received
         self._texts, self._ideas = list[str](), list[str]()
         self._only_messages = True
@@ -59,9 +69,9 @@ class AnswerUnderWay:
         """Adds a part; returns the text and the thinking that may be shown now."""
         self._model = part.model or self._model
         self._usage = part.usage or self._usage
-        if self._index is None:
-            self._index = part.index
-        elif part.index not in (None, self._index):
+        if self.index is None:
+            self.index = part.index
+        elif part.index not in (None, self.index):
             return ChatPiece("", "")  # of another answer, which nobody asked for
         self._called_tools |= part.called_tools
         self._refused |= part.refused
@@ -78,10 +88,17 @@ class AnswerUnderWay:
             thought = self._thoughts.push(self._thought_halves.push(new_thinking))
             self._thinking.append(thought)
         text = self._pieces.push(self._stop.push(self._halves.push(new_text)))
+        says_more = bool(new_text or new_thinking)
         if part.finish_reason is not None:
-            self._finish = part.finish_reason
-            if not self.complete:
-                self.complete, self.settled_s = True, self._clock() + self._limits.settle_s
+            # some end every chunk with a reason; some say "stop" after the reason why they did
+            if says_more or self._finish in (None, "stop") or self._went_on:
+                self._finish = part.finish_reason
+            self.complete, self._went_on = True, False
+            says_more = True
+        elif self.complete:
+            self._went_on |= says_more
+        if self.complete and says_more:
+            self.settled_s = self._clock() + self._limits.settle_s
         if self._stop.stopped:
             self._finish, self.complete = "stop", True
         if self.complete:
@@ -138,7 +155,7 @@ class AnswerUnderWay:
 
     def _shown(self, text: str) -> str:
         self.shown |= bool(text)
-        self._has_words |= bool(text.strip())
+        self._has_words |= bool(_VISIBLE.search(text))
         return text
 
     def _flush(self) -> str:

@@ -31,9 +31,11 @@ class CloudLimits:
     response_bytes: int = 16 * 1024 * 1024
     #: text and thinking together; no model writes as much
     answer_chars: int = 1_000_000
+    #: events of one reply that bring neither text nor thinking; a ping a second is far less
+    idle_events: int = 100_000
 
     def __post_init__(self) -> None:
-        for name in (*_TIMES, "attempts", "line_bytes", "response_bytes", "answer_chars"):
+        for name in (*_TIMES, "attempts", "line_bytes", "response_bytes", "answer_chars", "idle_events"):
             if not getattr(self, name) > 0:
                 raise InputError(f"cloud limits: {name} must be more than 0, not {getattr(self, name)!r}")
 

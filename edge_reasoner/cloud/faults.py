@@ -22,7 +22,7 @@ _TEXT_KEYS = (
 #: where the name of a field that is refused stands, or an object around it
 _PARAMETER_KEYS = ("param", "parameter", "field", "property", "additionalProperty", "pointer", "instancePath")
 _PARAMETER_LISTS = ("loc", "path", "keys")
-_CODE_KEYS = ("code", "type", "status")
+_CODE_KEYS = ("code", "type", "status", "status_code", "statusCode", "http_status")
 
 
 @dataclass(frozen=True)
@@ -148,3 +148,6 @@ def _named(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
         code = value.get(key)
         if isinstance(code, str) and len(code) < 100:
             yield "code", code
+        elif isinstance(code, int) and 100 <= code < 600:
+            # HTTP's
+            yield "code", str(code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from edge_reasoner.cloud.faults import fault_of, fix_surrogates, parse_json
@@ -13,6 +14,8 @@ from edge_reasoner.errors import CloudProtocolError
 _MAX_ID_CHARS = 400
 _MAX_CONTEXT_TOKENS = 2**31
 _MAX_DEPTH = 3
+#: no endpoint serves as many
+_MAX_LISTED = 20_000
 #: words in a name, or in what the endpoint says a model is, of models that hold no conversation
 _OTHER_WORDS = re.compile(
     r"embed|rerank|whisper|transcri|moderation|stable-diffusion|sdxl|dall-e|gpt-image|imagen|colbert|minilm"
@@ -69,7 +72,7 @@ def first_chat_model(body: bytes) -> ListedModel:
     if isinstance(value, dict) and value.get("error"):
         raise CloudProtocolError(f"no model list{fault_of(value).shown}")
     listed = False
-    for name, item in _entries(_items(value, 0)):
+    for name, item in islice(_entries(_items(value, 0)), _MAX_LISTED):
         listed = True
         if not _OTHER_WORDS.search(name.lower()) and _may_chat(item):
             return ListedModel(name, _context_tokens(item))

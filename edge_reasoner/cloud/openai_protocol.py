@@ -21,7 +21,7 @@ from edge_reasoner.cloud.pump import pumped
 from edge_reasoner.cloud.redact import scrubbed, shown_url
 from edge_reasoner.cloud.replies import FailedAnswerError, read_answer
 from edge_reasoner.cloud.resolver import Resolve
-from edge_reasoner.cloud.retry import RetryError, is_passing, retry_after_s
+from edge_reasoner.cloud.retry import RetryError, is_passing, named_status, retry_after_s
 from edge_reasoner.cloud.transport import Reply, Transport
 from edge_reasoner.errors import (
     CloudError,
@@ -192,15 +192,23 @@ class OpenAIModel:
                 yield from read_answer(chunks, answer, self._limits)
                 reply.let_end(chunks)
             except FailedAnswerError as error:
-                failed = CloudProtocolError(f"{self._url}: {error}")
-                if answer.shown:
-                    raise failed from error
-                # gateways report what the server behind them refuses with status 200
-                raise _RefusedError(failed, reply.status, error.fault) from error
+                raise self._failure(error, reply, answer) from error
             except CloudProtocolError as error:
                 raise CloudProtocolError(f"{self._url}: {error}") from error
             except CloudUnavailableError as error:
                 raise RetryError(CloudUnavailableError(f"{self._url}: {error}")) from error
+
+    def _failure(self, error: FailedAnswerError, reply: Reply, answer: AnswerUnderWay) -> Exception:
+        """The exception for a failure inside a reply that looked like success: gateways report with status
+        200 what the server behind them refuses."""
+        failed, fault = CloudProtocolError(f"{self._url}: {error}"), error.fault
+        if answer.shown:
+            return failed
+        status = named_status(fault)
+        if status is not None and is_passing(status, fault):
+            wait_s = retry_after_s(reply.headers, self._now)
+            return RetryError(CloudUnavailableError(str(failed)), wait_s, status, fault)
+        return _RefusedError(failed, reply.status, fault)
 
     def _concluded(self, answer: AnswerUnderWay) -> CloudResult:
         try:

@@ -71,8 +71,8 @@ class Part:
     is_message: bool = False
 
 
-def parse_part(data: bytes | str) -> Part:
-    """One chunk or a whole reply.
+def parse_part(data: bytes | str, index: float | None = None) -> Part:
+    """One chunk or a whole reply; of several answers in it, that of `index`, or the first.
 
     Raises EndpointFailedError; CloudProtocolError for what cannot be part of an answer.
     """
@@ -93,7 +93,7 @@ def parse_part(data: bytes | str) -> Part:
     choices = value.get("choices") or None
     if choices is not None and not isinstance(choices, list):
         raise CloudProtocolError(f"not a chat completion: choices is {type(choices).__name__}")
-    choice = _first_choice(choices or [])
+    choice = _choice(choices or [], index)
     usage, model = _usage(value.get("usage")) or _usage(vendor.get("usage")), _name(value.get("model"))
     if choice is None:
         return Part(model=model, usage=usage, remark="" if choices or usage else fault_of(value).message)
@@ -168,14 +168,17 @@ def _is_fault(value: Any) -> bool:
     return value.strip().lower() not in _FINE_WORDS if isinstance(value, str) else bool(value)
 
 
-def _first_choice(choices: list[Any]) -> dict[str, Any] | None:
-    """The answer asked for, where an endpoint sends several: the first of them, whatever it counts from."""
+def _choice(choices: list[Any], wanted: float | None) -> dict[str, Any] | None:
+    """The answer asked for, where an endpoint sends several: the one that is followed already, or the first
+    of them, whatever it counts from."""
     found: dict[str, Any] | None = None
     for choice in choices:
         if choice is None:
             continue
         if not isinstance(choice, dict):
             raise CloudProtocolError(f"not a chat completion: a choice of type {type(choice).__name__}")
+        if wanted is not None and _index(choice) == wanted:
+            return choice
         if found is None or (_index(choice) or 0) < (_index(found) or 0):
             found = choice
     return found

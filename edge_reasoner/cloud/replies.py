@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
+from edge_reasoner.chat.model import thought_of
 from edge_reasoner.cloud.answer import AnswerUnderWay
 from edge_reasoner.cloud.base import CloudLimits
 from edge_reasoner.cloud.faults import Fault, parse_fault, parse_json
@@ -85,12 +86,23 @@ class _Events:
         self._limits = limits
         #: the stream says that it has ended
         self.done = False
+        self._idle_events = 0
 
     def add(self, event: Event) -> Iterator[str]:
         """Adds an event; yields what may be shown."""
         for part in _separated(event):
-            if not self.done:
-                yield from self._add(part)
+            if self.done:
+                return
+            idle, settled_s = True, self._answer.settled_s
+            for piece in self._add(part):
+                says = bool(piece or thought_of(piece))
+                idle &= not says
+                # that there is less time now is told too
+                if says or self._answer.settled_s != settled_s:
+                    yield piece
+            self._idle_events += idle
+            if self._idle_events > self._limits.idle_events:
+                raise CloudProtocolError(f"more than {self._limits.idle_events} events that say nothing")
 
     def end(self) -> None:
         """Raises CloudUnavailableError if the answer is not whole."""
@@ -146,7 +158,7 @@ class _NotAPartError(Exception):
 
 def _add(answer: AnswerUnderWay, data: bytes | str, limits: CloudLimits) -> str:
     try:
-        part = parse_part(data)
+        part = parse_part(data, answer.index)
     except EndpointFailedError as error:
         raise FailedAnswerError(error.fault) from error
     except CloudProtocolError as error:

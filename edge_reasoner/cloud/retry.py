@@ -18,6 +18,14 @@ _UNIT_S = {"ms": 1e-3, "s": 1.0, "se": 1.0, "m": 60.0, "mi": 60.0}
 #: numbers from 2001 to 2286, if they are times
 _FIRST_TIME_S, _LAST_TIME_S = 1e9, 1e10
 _LASTING_CODES = frozenset(("insufficient_quota", "billing_hard_limit_reached", "billing_not_active"))
+#: words for an HTTP status, as endpoints write them into their errors
+_STATUS_WORDS = (
+    (re.compile(r"rate_?limit|too_?many_?requests|throttl|resource_exhausted"), 429),
+    (re.compile(r"overloaded|(?:service|server)_?unavailable|^unavailable$|capacity"), 503),
+    (re.compile(r"bad_?gateway|upstream_error"), 502),
+    (re.compile(r"gateway_?time_?out|deadline_exceeded|^time_?out(?:_error)?$"), 504),
+    (re.compile(r"^(?:internal_)?server_?error$|^internal(?:_error)?$"), 500),
+)
 
 _NO_FAULT = Fault("")
 
@@ -43,6 +51,18 @@ def is_passing(status: int, fault: Fault) -> bool:
     if _LASTING_CODES.intersection(fault.codes):
         return False
     return status in _RETRY_STATUS or (500 <= status < 600 and status not in _LASTING_STATUS)
+
+
+def named_status(fault: Fault) -> int | None:
+    """The HTTP status that a failure inside a successful reply names, by number or by a word; None: none."""
+    for code in fault.codes:
+        if code.isascii() and code.isdecimal() and len(code) == 3:
+            return int(code)
+    for code in fault.codes:
+        for word, status in _STATUS_WORDS:
+            if word.search(code.replace("-", "_").replace(" ", "_")):
+                return status
+    return None
 
 
 def retry_after_s(headers: Mapping[str, str], now: Callable[[], float]) -> float | None:

@@ -33,6 +33,8 @@ _LENIENT_MEANING = re.compile(
     % (_INDENT, _INDENT, _BARE),
     re.MULTILINE | re.IGNORECASE,
 )
+#: whole events without a word, after another one
+_LENIENT_EMPTY = re.compile(rb"(?<=\n\n)(?:(?:data:?[ ]?)?\n)+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def read_events(
     name, data = "", list[str]()
     unknown, meaning = (_LENIENT_UNKNOWN, _LENIENT_MEANING) if lenient else (_UNKNOWN_LINES, _MEANING)
     for block in _whole_lines(chunks, line_bytes, response_bytes):
-        for found in meaning.finditer(unknown.sub(b"", block)):
+        block = unknown.sub(b"", block)
+        for found in meaning.finditer(_LENIENT_EMPTY.sub(b"", block) if lenient else block):
             field, value, bare = (
                 found.group("field") or b"",
                 found.group("value") or b"",

@@ -35,6 +35,7 @@ IMPATIENT = CloudLimits(
     line_bytes=20_000,
     response_bytes=200_000,
     answer_chars=20_000,
+    idle_events=2000,
 )
 #: for cases in which only the total may end it
 DRIPPED = CloudLimits(**{**IMPATIENT.__dict__, "connect_s": 30.0, "read_s": 30.0, "settle_s": 30.0})

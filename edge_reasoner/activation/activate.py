@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from edge_reasoner.activation.choice import Candidate, list_candidates, usable_variants
+from edge_reasoner.activation.child import open_candidate, read_golden, variant_of
+from edge_reasoner.activation.choice import Candidate, CandidateReport, list_candidates, usable_variants
 from edge_reasoner.activation.selftest import choose
 from edge_reasoner.activation.store import (
     Activation,
@@ -23,26 +24,16 @@ from edge_reasoner.activation.store import (
     read_activation,
     this_machine,
 )
+from edge_reasoner.activation.trials import Confinement, Trials
 from edge_reasoner.backends import load_backend
-from edge_reasoner.backends.base import Backend, DecoderModel, EncoderModel, OpenOptions
-from edge_reasoner.backends.golden import (
-    Clock,
-    Trial,
-    check_golden,
-    try_decoder,
-    try_encoder,
-)
-from edge_reasoner.contract.bundle.manifest import (
-    MAX_GOLDEN_BYTES,
-    Component,
-    DecoderSpec,
-    GoldenSet,
-    Variant,
-    parse_golden,
-)
+from edge_reasoner.backends.base import Backend, DecoderModel, EncoderModel
+from edge_reasoner.backends.golden import Clock, Trial
+from edge_reasoner.contract.bundle.manifest import Component
 from edge_reasoner.contract.bundle.open import Bundle
 from edge_reasoner.errors import BackendError, BundleError, TargetError
 from edge_reasoner.machine.isa import ImportProbe, native_import_is_safe
+
+_CONFINED = Confinement()
 
 
 @dataclass(frozen=True)
@@ -71,22 +62,23 @@ def activate(
     threads: int,
     cache_dir: Path | None,
     clock: Clock = time.perf_counter,
+    confinement: Confinement | None = _CONFINED,
     probe_import: Callable[[], ImportProbe] = native_import_is_safe,
 ) -> Activated:
     """Opens component `kind` in the fastest variant that reproduces its golden vectors here.
 
-    The first call on a machine imports the runtime in a child process, then tests every candidate
-    (seconds to a minute); later calls read the choice from `cache_dir` (None: every call tests anew). Raises
-    BundleError (no such component, bad golden vectors), TargetError (no variant can run here),
+    The first call on a machine imports the runtime in a child process, then tests every candidate, each in a
+    child process as `confinement` says (None: in this process, by `clock`; seconds to a minute); later calls
+    read the choice from `cache_dir` (None: every call tests anew). Raises BundleError (no such component, bad
+    golden vectors, a file that is no longer what was checked), TargetError (no variant can run here),
     VerificationError (none reproduces the golden vectors), BackendError.
     """
     component = bundle.component(kind)
-    golden = parse_golden(bundle.read_bytes(component.golden, MAX_GOLDEN_BYTES), component.golden)
-    check_golden(golden, component.spec, component.golden)
+    golden = read_golden(bundle, component)
     check_import(cache_dir, probe_import)
     backends = _load_backends(component)
     machine = this_machine(backends, threads)
-    setup = _Setup(bundle, component, golden, backends, machine, clock)
+    setup = _Setup(bundle, component, backends, machine)
     bundle_id = bundle.manifest.bundle_id
     path = activation_path(cache_dir, bundle_id, kind, machine)
     cached = read_activation(path)
@@ -94,7 +86,8 @@ def activate(
         model = setup.open_cached(cached)
         if model is not None:
             return Activated(model, cached, True)
-    activated = setup.run_self_test()
+    trials = Trials(bundle, component, golden, backends, threads, clock, confinement)
+    activated = setup.run_self_test(trials.run)
     keep_activation(path, activated.activation)
     return activated
 
@@ -118,39 +111,27 @@ def _load_backends(component: Component) -> dict[str, Backend]:
 class _Setup:
     bundle: Bundle
     component: Component
-    golden: GoldenSet
     backends: Mapping[str, Backend]
     machine: Machine
-    clock: Clock
 
     def open(self, candidate: Candidate) -> DecoderModel | EncoderModel:
-        """Opens one candidate's model."""
-        variant = self.variant(candidate.variant_id)
-        backend, path = self.backends[variant.backend], self.bundle.path_of(variant.graph)
-        options: OpenOptions = {
-            "provider": variant.execution_provider,
-            "session_options": candidate.session_options,
-            "threads": self.machine.threads,
-        }
-        if isinstance(self.component.spec, DecoderSpec):
-            return backend.open_decoder(path, self.component.spec, **options)
-        return backend.open_encoder(path, self.component.spec, **options)
+        """Opens one candidate's model, in this process."""
+        backend = self.backends[variant_of(self.component, candidate.variant_id).backend]
+        return open_candidate(self.bundle, self.component, backend, candidate, self.machine.threads)
 
-    def variant(self, variant_id: str) -> Variant:
-        """The variant of that id. Raises BundleError."""
-        for variant in self.component.variants:
-            if variant.id == variant_id:
-                return variant
-        raise BundleError(f"component {self.component.kind!r} has no variant {variant_id!r}")
-
-    def run_self_test(self) -> Activated:
-        """Tests every usable candidate; the winner's model is open."""
+    def candidates(self) -> tuple[tuple[Candidate, ...], list[CandidateReport]]:
+        """What can run here, and why the rest cannot. Raises BundleError."""
         usable, refused = usable_variants(self.component.variants, self.backends, self.machine.isa)
-        if not usable:
+        return list_candidates(usable, self.machine.architecture), refused
+
+    def run_self_test(self, run_trial: Callable[[Candidate], Trial]) -> Activated:
+        """Tests every usable candidate, then opens the winner."""
+        candidates, refused = self.candidates()
+        if not candidates:
             reasons = "; ".join(f"{report.variant_id}: {report.reason}" for report in refused)
             raise TargetError(f"component {self.component.kind!r}: no variant can run here: {reasons}")
-        candidates = list_candidates(usable, self.machine.architecture)
-        outcome = choose(candidates, self.open, self._trial)
+        self.check_files()
+        outcome = choose(candidates, run_trial)
         activation = Activation(
             bundle_id=self.bundle.manifest.bundle_id,
             kind=self.component.kind,
@@ -160,17 +141,25 @@ class _Setup:
             reference=outcome.candidate.reference,
             reports=(*refused, *outcome.reports),
         )
-        return Activated(outcome.model, activation, False)
+        return Activated(self.open(outcome.candidate), activation, False)
+
+    def check_files(self) -> None:
+        """Raises BundleError where a graph or its weights are no longer what was checked: that is no
+        candidate's fault."""
+        for graph in sorted({variant.graph for variant in self.component.variants}):
+            self.bundle.graph(graph)
 
     def open_cached(self, cached: Activation) -> DecoderModel | EncoderModel | None:
-        """The cached choice's model; None if it no longer opens, so that the self-test decides anew."""
-        candidate = Candidate(variant_id=cached.variant_id, session_options=cached.session_options)
-        try:
-            return self.open(candidate)
-        except (BackendError, BundleError):  # BundleError: a file of the cache names options of its own
+        """The cached choice's model; None if it is no choice here or no longer opens, so that the self-test
+        decides anew."""
+        wanted = Candidate(
+            variant_id=cached.variant_id,
+            session_options=cached.session_options,
+            reference=cached.reference,
+        )
+        if wanted not in self.candidates()[0]:  # a file of the cache may say anything
             return None
-
-    def _trial(self, model: DecoderModel | EncoderModel) -> Trial:
-        if isinstance(self.component.spec, DecoderSpec):
-            return try_decoder(cast(DecoderModel, model), self.golden, self.clock)
-        return try_encoder(cast(EncoderModel, model), self.golden, self.clock)
+        try:
+            return self.open(wanted)
+        except (BackendError, BundleError):
+            return None

@@ -14,8 +14,11 @@ from typing import Protocol, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_reasoner.contract.bundle.held import HeldGraph
 from edge_reasoner.contract.bundle.manifest import DecoderSpec, EncoderSpec
 
+#: a bundle's graph, checked and held; or a file that this program has written itself
+Graph = HeldGraph | Path
 Logits = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
 
@@ -122,7 +125,7 @@ class EncoderModel(Protocol):
 
 
 class OpenDecoder(Protocol):
-    """Opens a decoder's graph.
+    """Opens a decoder's graph: the bytes that a `HeldGraph` holds, with the weights that were checked.
 
     `provider` must take every node: a silent fall-back to another is an error. Raises InputError,
     BundleError when the graph is not what its spec says, BackendError when the library fails.
@@ -130,7 +133,7 @@ class OpenDecoder(Protocol):
 
     def __call__(
         self,
-        graph_path: Path,
+        graph: Graph,
         spec: DecoderSpec,
         *,
         provider: str,
@@ -152,7 +155,7 @@ class OpenEncoder(Protocol):
 
     def __call__(
         self,
-        graph_path: Path,
+        graph: Graph,
         spec: EncoderSpec,
         *,
         provider: str,

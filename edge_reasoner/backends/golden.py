@@ -100,7 +100,7 @@ def _check_decoder_vector(vector: DecoderGolden, vocab_size: int, where: str) ->
 
 def try_decoder(model: DecoderModel, golden: GoldenSet, clock: Clock) -> Trial:
     """Prefills and steps through every vector, then times decode steps, all on a cache of its own."""
-    with closing(model.new_cache(_longest_vector_tokens(golden))) as cache:
+    with closing(model.new_cache(longest_vector_tokens(golden))) as cache:
         error, problem = 0.0, ""
         for vector in golden.decoder:
             cache.rewind(0)
@@ -138,9 +138,15 @@ def try_encoder(model: EncoderModel, golden: GoldenSet, clock: Clock) -> Trial:
     return Trial(error, problem, step_ms)
 
 
-def _longest_vector_tokens(golden: GoldenSet) -> int:
+def longest_vector_tokens(golden: GoldenSet) -> int:
     """The context that the trial of a decoder needs."""
     return max(len(vector.token_ids) for vector in golden.decoder)
+
+
+def golden_steps(golden: GoldenSet) -> int:
+    """How often a trial reads all weights: once for each prefill, embedding and single token."""
+    decoder = sum(1 + len(vector.token_ids) - vector.prefill_tokens for vector in golden.decoder)
+    return decoder + 2 * len(golden.encoder) + _WARM_STEPS + _TIMED_STEPS
 
 
 def _kept_rows(vector: DecoderGolden) -> int:

@@ -5,32 +5,28 @@ Everything is bound once per cache; a decode step only changes numbers in place.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_reasoner.backends.base import KVCache, Logits, Step, TokenIds
+from edge_reasoner.backends.base import Graph, KVCache, Logits, Step, TokenIds
+from edge_reasoner.backends.onnxruntime.graph_files import GraphFiles
 from edge_reasoner.backends.onnxruntime.kv_cache import Bindings, CacheState, KVBuffers, OrtKVCache, Room
 from edge_reasoner.backends.onnxruntime.session import CPU, library_errors, open_session, ort_value
 from edge_reasoner.backends.onnxruntime.signature import check_signature, decoder_signature
 from edge_reasoner.backends.saved_cache import CacheLayout, pack, unpack
 from edge_reasoner.contract.bundle.manifest import DecoderSpec
-from edge_reasoner.contract.bundle.onnx_scan import scan_graph
-from edge_reasoner.errors import BackendError, BundleError, ContextOverflowError, InputError
+from edge_reasoner.errors import BundleError, ContextOverflowError, InputError
 from edge_reasoner.machine.memory import total_bytes
 
 #: Longest input of one prefill call: longer calls are hardly faster but need more memory for activations.
 PREFILL_CHUNK_TOKENS = 512
 #: Where a provider's KV cache lives; a provider that is not named here reads host memory.
 _DEVICES: Mapping[str, str] = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
-#: Of each weight file, so many blocks of this size tell two models with the same graph apart.
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 class OrtDecoder:
@@ -41,7 +37,7 @@ class OrtDecoder:
 
     def __init__(
         self,
-        graph_path: Path,
+        graph: Graph,
         spec: DecoderSpec,
         *,
         provider: str = CPU,
@@ -49,9 +45,9 @@ class OrtDecoder:
         threads: int = 1,
     ) -> None:
         self._spec = spec
-        self._path = graph_path
-        self._where = graph_path.name
-        self._session = open_session(graph_path, provider, session_options or {}, threads)
+        self._files = GraphFiles(graph)
+        self._where = self._files.where
+        self._session = open_session(graph, provider, session_options or {}, threads)
         check_signature(self._session.get(), self._where, *decoder_signature(spec))
         self._room_tokens = self._fixed_room_tokens()
         self._device = _DEVICES.get(provider, "cpu")
@@ -155,6 +151,7 @@ class OrtDecoder:
     ) -> Step:
         """See `DecoderModel.extend`."""
         session = self._session.get()
+        self._files.check()
         if not isinstance(cache, OrtKVCache) or cache not in self._caches:
             raise ValueError(f"{self._where}: the cache belongs to another model")
         state, length = cache.state, cache.length_tokens  # `state` keeps the buffers until this call is over
@@ -237,31 +234,13 @@ class OrtDecoder:
 
     def _layout(self) -> CacheLayout:
         if self._fingerprint is None:
-            self._fingerprint = _fingerprint(self._path)
+            self._fingerprint = self._files.fingerprint()
         return CacheLayout(self._fingerprint, self._spec.kv_dtype, self._buffer_shapes())
 
     def _buffer_shapes(self) -> tuple[tuple[int, int], ...]:
         """(heads, width) of key and value of each layer."""
         sizes = zip(self._spec.kv_heads, self._spec.head_dim, strict=True)
         return tuple(shape for shape in sizes for _ in ("key", "value"))
-
-
-def _fingerprint(graph_path: Path) -> str:
-    """SHA-256 (hex) over the graph and samples of its weights: keeps two models' caches apart."""
-    try:
-        graph = graph_path.read_bytes()
-        digest = hashlib.sha256(graph)
-        for location in scan_graph(memoryview(graph), graph_path.name).locations:
-            path = graph_path.parent / location
-            size_bytes = path.stat().st_size
-            digest.update(f"{location}:{size_bytes}\n".encode())
-            with path.open("rb") as file:
-                for number in range(_SAMPLES):
-                    file.seek(size_bytes * number // _SAMPLES)
-                    digest.update(file.read(_SAMPLE_BYTES))
-    except OSError as error:
-        raise BackendError(f"{graph_path.name}: cannot be read any more: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def _checked_context(spec: DecoderSpec, context_tokens: int | None) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_reasoner.backends.base import TokenIds
+from edge_reasoner.backends.base import Graph, TokenIds
+from edge_reasoner.backends.onnxruntime.graph_files import GraphFiles
 from edge_reasoner.backends.onnxruntime.session import CPU, library_errors, open_session
 from edge_reasoner.backends.onnxruntime.signature import check_signature, encoder_signature
 from edge_reasoner.contract.bundle.manifest import EncoderSpec
@@ -23,7 +23,7 @@ class OrtEncoder:
 
     def __init__(
         self,
-        graph_path: Path,
+        graph: Graph,
         spec: EncoderSpec,
         *,
         provider: str = CPU,
@@ -31,8 +31,9 @@ class OrtEncoder:
         threads: int = 1,
     ) -> None:
         self._spec = spec
-        self._where = graph_path.name
-        self._session = open_session(graph_path, provider, session_options or {}, threads)
+        self._files = GraphFiles(graph)
+        self._where = self._files.where
+        self._session = open_session(graph, provider, session_options or {}, threads)
         check_signature(self._session.get(), self._where, *encoder_signature(spec))
 
     @property
@@ -48,6 +49,7 @@ class OrtEncoder:
     def embed(self, token_ids: list[list[int]]) -> NDArray[np.float32]:
         """See `EncoderModel.embed`. Inputs of like length run together, so padding stays small."""
         session = self._session.get()
+        self._files.check()
         for ids in token_ids:
             if not ids or min(ids) < 0 or max(ids) >= self._spec.vocab_size:
                 raise InputError(

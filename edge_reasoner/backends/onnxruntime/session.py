@@ -15,6 +15,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from edge_reasoner.backends.base import Graph
 from edge_reasoner.backends.onnxruntime.session_options import check_session_options
 from edge_reasoner.errors import BackendError, BundleError, InputError, one_line
 from edge_reasoner.files import utf8_path
@@ -32,6 +33,8 @@ if hasattr(onnxruntime, "disable_telemetry_events"):  # for a program that has i
 _FATAL_ONLY = 4
 onnxruntime.set_default_logger_severity(_FATAL_ONLY)
 
+#: where the weights of a graph lie that is given as bytes
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 CPU = "CPUExecutionProvider"
 _MAX_THREADS = 1024
 _DEFAULT_OPTIONS: Mapping[str, str] = {
@@ -125,18 +128,24 @@ class OwnedSession:
             self.close()
 
 
-def open_session(path: Path, provider: str, session_options: Mapping[str, str], threads: int) -> OwnedSession:
+def open_session(
+    graph: Graph, provider: str, session_options: Mapping[str, str], threads: int
+) -> OwnedSession:
     """Loads a graph. `provider` must take every node: a silent fall-back to the CPU is an error.
+
+    Of a held graph the library gets the bytes that were checked; weights it opens itself, in the folder that
+    is held.
 
     Raises InputError, BundleError (the graph or an option is refused) and BackendError (no such provider, or
     the library fails).
     """
+    where = graph.name if isinstance(graph, Path) else graph.path.name
     if not 1 <= threads <= _MAX_THREADS:  # the library starts every one of them, whatever the machine has
         raise InputError(f"threads is {threads}; at least 1 is needed, and {_MAX_THREADS} are the most")
-    check_session_options(session_options, path.name)
+    check_session_options(session_options, where)
     if provider not in available_providers():
         raise BackendError(
-            f"{path.name}: execution provider {provider!r} is not in this onnxruntime {runtime_version()};"
+            f"{where}: execution provider {provider!r} is not in this onnxruntime {runtime_version()};"
             f" it has: {', '.join(available_providers())}"
         )
     options = onnxruntime.SessionOptions()
@@ -149,15 +158,27 @@ def open_session(path: Path, provider: str, session_options: Mapping[str, str], 
         entries["session.disable_cpu_ep_fallback"] = "1"
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
-    location = utf8_path(path, error=BundleError)
-    with library_errors(f"{path.name}: loading"):
-        # with its fall-back the constructor prints what failed on standard output, and tries the CPU
-        session = onnxruntime.InferenceSession(location, options, providers=[provider], enable_fallback=0)
+    with library_errors(f"{where}: loading"):
+        session = _load(graph, options, provider)
     if session.get_providers()[0] != provider:
         raise BackendError(
-            f"{path.name}: asked for {provider}, onnxruntime chose {', '.join(session.get_providers())}"
+            f"{where}: asked for {provider}, onnxruntime chose {', '.join(session.get_providers())}"
         )
-    return OwnedSession(session, path.name)
+    return OwnedSession(session, where)
+
+
+def _load(graph: Graph, options: Any, provider: str) -> Any:
+    def load(source: str | bytes) -> Any:
+        # with its fall-back the constructor prints what failed on standard output, and tries the CPU
+        return onnxruntime.InferenceSession(source, options, providers=[provider], enable_fallback=0)
+
+    if isinstance(graph, Path):
+        return load(utf8_path(graph, error=BundleError))
+    folder = utf8_path(Path(graph.folder.location), error=BundleError)
+    if provider != CPU:  # not every other one takes weights that do not lie beside a graph file
+        return graph.load(lambda: load(f"{folder}/{graph.path.name}"), by_name=True)
+    options.add_session_config_entry(_WEIGHTS_FOLDER, folder)
+    return graph.load(lambda: load(graph.data))
 
 
 def ort_value(array: NDArray[Any], device: str = "cpu") -> Any:

@@ -7,16 +7,12 @@ TensorProto raw_data 9, name 8.
 
 from __future__ import annotations
 
-import mmap
-import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from edge_reasoner.contract.bundle.onnx_scan import scan_graph
+from edge_reasoner.contract.bundle.onnx_scan import MAX_GRAPH_BYTES
 from edge_reasoner.contract.bundle.open import Bundle
 from edge_reasoner.contract.bundle.protobuf import fields
-from edge_reasoner.errors import BundleError
 
 #: operators that read single rows of the tables given to them
 _ROW_READERS = frozenset({"Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding"})
@@ -35,19 +31,9 @@ class GraphBytes:
 
 def graph_bytes(bundle: Bundle, graph: str) -> GraphBytes:
     """Of a graph that the manifest lists. Raises BundleError when it cannot be read."""
-    path: Path = bundle.path_of(graph)
-    try:
-        with (
-            path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-            memoryview(mapped) as data,
-        ):
-            locations = scan_graph(data, graph).locations
-            streamed = sum(_streamed(data))
-    except (OSError, ValueError, BufferError) as error:
-        raise BundleError(f"{graph}: cannot be read: {error}") from error
-    folder = posixpath.dirname(graph)
-    files = {graph, *(posixpath.normpath(posixpath.join(folder, name)) for name in locations)}
+    data = memoryview(bundle.read_bytes(graph, MAX_GRAPH_BYTES))
+    streamed = sum(_streamed(data))
+    files = {graph, *bundle.weights[graph]}
     return GraphBytes(sum(bundle.entry(name).size_bytes for name in files), streamed)
 
 

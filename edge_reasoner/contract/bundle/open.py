@@ -3,7 +3,8 @@
 After `open_bundle` returns: the manifest is canonical and matches its own digest; the directory holds
 exactly the files that the manifest lists (besides `manifest.json` and `manifest.sig`), each a regular file of
 the listed size (and SHA-256); no symlink exists inside; the figures of every spec are within bounds that no
-real model exceeds; and every graph is one that the exporter writes, its weights in listed files.
+real model exceeds; and every graph is one that the exporter writes, its weights in listed files. What is read
+from the bundle later is what was checked, or refused: see `held`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from __future__ import annotations
 import hashlib
 import os
 import posixpath
-import stat
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from edge_reasoner.contract.bundle.graph_check import check_graph
+from edge_reasoner.contract.bundle.held import HeldFile, HeldFolder, HeldGraph, Identity, read_checked
 from edge_reasoner.contract.bundle.manifest import (
     MANIFEST_NAME,
     MAX_FILES,
@@ -54,6 +55,12 @@ class Bundle:
 
     root: Path
     manifest: Manifest
+    #: the folder itself, held open
+    folder: HeldFolder = field(compare=False, repr=False)
+    #: path of a listed file -> what was checked
+    seen: Mapping[str, Identity] = field(compare=False, repr=False)
+    #: path of a graph -> the files of its weights
+    weights: Mapping[str, tuple[str, ...]] = field(compare=False, repr=False)
 
     def entry(self, relative: str) -> FileEntry:
         """The manifest's entry of a file. Raises BundleError if the manifest does not list it."""
@@ -63,19 +70,28 @@ class Bundle:
         raise BundleError(f"{self.root}: the manifest lists no file {relative!r}")
 
     def path_of(self, relative: str) -> Path:
-        """Absolute path of a listed file. Raises BundleError if the manifest does not list it."""
+        """Absolute path of a listed file, to be shown. Raises BundleError if it is not listed."""
         return self.root / self.entry(relative).path
 
     def read_bytes(self, relative: str, limit_bytes: int) -> bytes:
-        """Content of a listed file of at most `limit_bytes`. Raises BundleError if it is larger or gone."""
+        """Content of a listed file of at most `limit_bytes`, compared with its digest. Raises BundleError if
+        it is larger, gone or another."""
         entry = self.entry(relative)
         if entry.size_bytes > limit_bytes:
             raise BundleError(f"{relative}: {entry.size_bytes} bytes; at most {limit_bytes} are allowed")
-        with _open_regular(self.root, relative) as file:
-            data = file.read(entry.size_bytes + 1)
-        if len(data) != entry.size_bytes:
-            raise BundleError(f"{relative}: its size changed since the bundle was opened")
-        return data
+        return read_checked(self.folder, relative, entry.size_bytes, entry.sha256)
+
+    def graph(self, relative: str) -> HeldGraph:
+        """A graph for the runtime, its weights held open. Raises BundleError where they are not what was
+        checked."""
+        data = self.read_bytes(relative, MAX_GRAPH_BYTES)
+        return HeldGraph(
+            path=self.path_of(relative),
+            data=data,
+            root=self.folder,
+            folder=self.folder.folder(posixpath.dirname(relative)),
+            weights=tuple(HeldFile(self.folder, name, self.seen[name]) for name in self.weights[relative]),
+        )
 
     def component(self, kind: str) -> Component:
         """The component of that kind. Raises BundleError naming the kinds that exist."""
@@ -98,12 +114,13 @@ def open_bundle(
     everything else is checked all the same. `progress` is called while hashing. Raises BundleError.
     """
     root = _root(Path(path))
-    manifest = parse_manifest(_read_small(root, MANIFEST_NAME, MAX_MANIFEST_BYTES))
+    folder = HeldFolder(root)
+    manifest = parse_manifest(folder.read(MANIFEST_NAME, MAX_MANIFEST_BYTES))
     for component in manifest.components:
         _check_spec(component)
         _check_tokenizer(component)
     entries = {entry.path: entry for entry in manifest.entries}
-    _check_listing(root, entries)
+    _check_listing(folder, entries)
     total_bytes = sum(entry.size_bytes for entry in entries.values())
     done_bytes = 0
 
@@ -113,17 +130,13 @@ def open_bundle(
         if progress is not None:
             progress(done_bytes, total_bytes)
 
-    for entry in entries.values():
-        with _open_regular(root, entry.path) as file:
-            if (size_bytes := os.fstat(file.fileno()).st_size) != entry.size_bytes:
-                raise BundleError(f"{entry.path}: {size_bytes} bytes, the manifest says {entry.size_bytes}")
-            if verify == "full":
-                _check_hash(file, entry, advance)
+    seen = {path: _check_file(folder, entry, verify, advance) for path, entry in entries.items()}
+    weights = {}
     for component in manifest.components:
         known: Known = {}
         for graph in sorted({variant.graph for variant in component.variants}):
-            _check_graph(root, graph, component, known)
-    return Bundle(root, manifest)
+            weights[graph] = _check_graph(folder, graph, component, known)
+    return Bundle(root, manifest, folder, seen, weights)
 
 
 def _root(path: Path) -> Path:
@@ -137,36 +150,14 @@ def _root(path: Path) -> Path:
     return root
 
 
-def _open_regular(root: Path, relative: str) -> BinaryIO:
-    """Opens a file for reading unless it is missing, a symlink or not regular."""
-    flags = (
-        os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    )
-    try:
-        descriptor = os.open(root / relative, flags)
-    except OSError as error:
-        raise BundleError(f"{root / relative}: {error.strerror or error}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise BundleError(f"{root / relative}: not a regular file")
-    return os.fdopen(descriptor, "rb")
-
-
-def _read_small(root: Path, relative: str, limit_bytes: int) -> bytes:
-    with _open_regular(root, relative) as file:
-        data = file.read(limit_bytes + 1)
-    if len(data) > limit_bytes:
-        raise BundleError(f"{relative}: larger than the {limit_bytes} bytes allowed")
-    return data
-
-
-def _check_listing(root: Path, entries: dict[str, FileEntry]) -> None:
+def _check_listing(folder: HeldFolder, entries: dict[str, FileEntry]) -> None:
     """The directory holds exactly the listed files; but for manifest and signature."""
     present: set[str] = set()
-    for name in _walk(root):
+    root = folder.path
+    for name in _walk(folder):
         present.add(name)
         if name == SIGNATURE_NAME:
-            _read_small(root, name, _MAX_SIGNATURE_BYTES)
+            folder.read(name, _MAX_SIGNATURE_BYTES)
         elif name != MANIFEST_NAME and name not in entries:
             raise BundleError(f"{root}: file {name!r} is not listed in {MANIFEST_NAME}")
     for name in entries:
@@ -174,35 +165,54 @@ def _check_listing(root: Path, entries: dict[str, FileEntry]) -> None:
             raise BundleError(f"{root}: file {name!r} is missing")
 
 
-def _walk(root: Path) -> Iterator[str]:
+def _walk(root: HeldFolder) -> Iterator[str]:
     """Relative POSIX paths of all files, in a bounded walk that follows and accepts no symlink."""
     folders, seen = [""], 0
     while folders:
         folder = folders.pop()
         try:
-            with os.scandir(root / folder) as scan:
-                for item in scan:
-                    seen += 1
-                    if seen > 2 * MAX_FILES:
-                        raise BundleError(f"{root}: more than {2 * MAX_FILES} files and folders")
-                    name = posixpath.join(folder, item.name)
-                    if item.is_symlink():
-                        raise BundleError(f"{root}: {name!r} is a symlink; a bundle holds plain files only")
-                    if item.is_dir(follow_symlinks=False):
-                        folders.append(name)
-                    elif item.is_file(follow_symlinks=False):
-                        yield name
-                    else:
-                        raise BundleError(f"{root}: {name!r} is not a regular file")
+            for item in root.folder(folder).scan():
+                seen += 1
+                if seen > 2 * MAX_FILES:
+                    raise BundleError(f"{root.path}: more than {2 * MAX_FILES} files and folders")
+                name = posixpath.join(folder, item.name)
+                if item.is_symlink():
+                    raise BundleError(f"{root.path}: {name!r} is a symlink; a bundle holds plain files only")
+                if item.is_dir(follow_symlinks=False):
+                    folders.append(name)
+                elif item.is_file(follow_symlinks=False):
+                    yield name
+                else:
+                    raise BundleError(f"{root.path}: {name!r} is not a regular file")
         except OSError as error:
-            raise BundleError(f"{root / folder}: {error.strerror or error}") from error
+            raise BundleError(f"{root.path / folder}: {error.strerror or error}") from error
+
+
+def _check_file(
+    folder: HeldFolder, entry: FileEntry, verify: str, advance: Callable[[int], None]
+) -> Identity:
+    """The identity of a file that is as listed, and was so all the time."""
+    with folder.open(entry.path) as file:
+        identity = Identity.of(os.fstat(file.fileno()))
+        if identity.size_bytes != entry.size_bytes:
+            raise BundleError(
+                f"{entry.path}: {identity.size_bytes} bytes, the manifest says {entry.size_bytes}"
+            )
+        if verify == "full":
+            _check_hash(file, entry, advance)
+        if Identity.of(os.fstat(file.fileno())) != identity:
+            raise BundleError(f"{entry.path}: was changed while it was checked")
+    return identity
 
 
 def _check_hash(file: BinaryIO, entry: FileEntry, advance: Callable[[int], None]) -> None:
     digest = hashlib.sha256()
-    while chunk := file.read(_CHUNK_BYTES):
-        digest.update(chunk)
-        advance(len(chunk))
+    try:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            advance(len(chunk))
+    except OSError as error:
+        raise BundleError(f"{entry.path}: cannot be read: {error.strerror or error}") from error
     if digest.hexdigest() != entry.sha256:
         raise BundleError(f"{entry.path}: its content does not match the manifest's SHA-256")
 
@@ -241,9 +251,14 @@ def _check_tokenizer(component: Component) -> None:
         )
 
 
-def _check_graph(root: Path, graph: str, component: Component, known: Known) -> None:
-    """It is what the exporter writes, and all that it would make the runtime open is the component's."""
+def _check_graph(folder: HeldFolder, graph: str, component: Component, known: Known) -> tuple[str, ...]:
+    """The files of the graph's weights: it is what the exporter writes, and they are the component's."""
     if not graph.endswith(".onnx"):
         raise BundleError(f"{MANIFEST_NAME}: graph {graph!r} must end in .onnx")
-    listed = {entry.path: entry.size_bytes for entry in component.files}
-    check_graph(_read_small(root, graph, MAX_GRAPH_BYTES), graph, component.spec, listed, known)
+    listed = {entry.path: entry for entry in component.files}
+    entry = listed[graph]
+    if entry.size_bytes > MAX_GRAPH_BYTES:
+        raise BundleError(f"{graph}: {entry.size_bytes} bytes; a graph has at most {MAX_GRAPH_BYTES}")
+    data = read_checked(folder, graph, entry.size_bytes, entry.sha256)
+    sizes = {path: entry.size_bytes for path, entry in listed.items()}
+    return check_graph(data, graph, component.spec, sizes, known)

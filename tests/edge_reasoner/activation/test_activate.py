@@ -129,7 +129,7 @@ def test_the_fastest_of_several_is_taken(tmp_path, golden, monkeypatch):
     )
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")  # no generic options there
     ticks = itertools.chain(*([0.0, 0.002] * 8 + [0.0, 0.001] * 8,))
-    result = start(root, tmp_path / "cache", clock=lambda: next(ticks))
+    result = start(root, tmp_path / "cache", clock=lambda: next(ticks), confinement=None)
     assert result.activation.variant_id == "fp32"
     assert [report.step_ms for report in result.activation.reports] == [2.0, 1.0]
     result.model.close()
@@ -312,7 +312,7 @@ def test_one_model_is_open_at_a_time(tmp_path, golden, monkeypatch):
     backend = replace(load_backend("onnxruntime"), open_decoder=Counting)
     monkeypatch.setattr("edge_reasoner.activation.activate.load_backend", lambda name: backend)
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    result = start(root, tmp_path / "cache")
+    result = start(root, tmp_path / "cache", confinement=None)
     assert len(result.activation.reports) == 4 and max(most) == 1 and opened == {result.model}
     result.model.close()
 

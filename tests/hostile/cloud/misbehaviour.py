@@ -88,7 +88,7 @@ class Misbehaving:
                 self.accepted += 1
                 self._open.add(connection)
             threading.Thread(
-                target=self._serve, args=(connection, act), name="misbehaving", daemon=True
+                target=self._serve, args=(connection, act), name="misbehaving-served", daemon=True
             ).start()
 
     def _serve(self, connection: socket.socket, act: Act) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from edge_reasoner.contract.bundle.tokenizer_check import CheckedTokenizer, check_tokenizer
 from edge_reasoner.contract.bundle.tokenizer_files import (
-    MAX_TOKENIZER_BYTES,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     TokenizerConfig,
@@ -19,17 +19,29 @@ from edge_reasoner.errors import BundleError, InputError
 
 #: A text longer than this is refused before it is tokenized.
 MAX_TEXT_CHARS = 4_000_000
+#: bytes that a text may have after all the normalizers; the library keeps 16 bytes of offsets for each
+_MAX_NORMALIZED_BYTES = 16 * 1024 * 1024
+#: pieces that a model may try for one text
+_MAX_EFFORT = 256 * 1024 * 1024
+#: characters that one `decode` may make
+_MAX_DECODED_CHARS = 256 * 1024 * 1024
 
 _REPLACEMENT = "\ufffd"
+_MANY_TOKENS = 16
 
 
 class TextTokenizer:
     """Encodes and decodes text. Immutable after construction and safe to share between threads."""
 
-    def __init__(self, tokenizer: Tokenizer, config: TokenizerConfig) -> None:
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+    def __init__(
+        self, tokenizer: Tokenizer, checked: CheckedTokenizer, config: TokenizerConfig, vocab_size: int | None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._max_text_bytes = int(
+            min(_MAX_NORMALIZED_BYTES / checked.growth, _MAX_EFFORT / (checked.growth * checked.effort))
+        )
+        self._max_decoded_ids = _MAX_DECODED_CHARS // max(1, checked.token_chars)
+        self._model_vocab_size = vocab_size
         self.config = config
         self._byte_ids: frozenset[int] = frozenset()
         if tokenizer.decoder is not None and _uses_byte_fallback(_state(tokenizer.decoder)):
@@ -41,46 +53,64 @@ class TextTokenizer:
         self.bos_id = self._required_id("bos_token", config.bos_token) if config.add_bos else None
 
     @classmethod
-    def from_files(cls, tokenizer_json: bytes, config: TokenizerConfig, *, where: str) -> TextTokenizer:
-        """Builds a tokenizer from file contents. Raises BundleError when they are malformed."""
-        if len(tokenizer_json) > MAX_TOKENIZER_BYTES:
-            raise BundleError(
-                f"{where}: {len(tokenizer_json)} bytes; at most {MAX_TOKENIZER_BYTES} are allowed"
-            )
+    def from_files(
+        cls, tokenizer_json: bytes, config: TokenizerConfig, *, where: str, vocab_size: int | None = None
+    ) -> TextTokenizer:
+        """Builds a tokenizer from file contents. Raises BundleError when they are malformed or not allowed.
+
+        `vocab_size`: how many token ids the model knows, where there is one.
+        """
+        checked = check_tokenizer(tokenizer_json, where, BundleError)
         with tokenizer_faults(where, BundleError):
-            return cls(Tokenizer.from_str(tokenizer_json.decode("utf-8")), config)
+            return cls(Tokenizer.from_buffer(checked.json), checked, config, vocab_size)
 
     def encode(self, text: str, *, add_special: bool = False) -> list[int]:
         """Token ids of `text`.
 
         `add_special` applies the definition's own post-processor ([CLS] … [SEP] of an encoder); chat
         templates have written theirs already. Raises InputError for text that is too long or holds lone
-        surrogates, BundleError where the definition itself fails (an unknown token that is no token).
+        surrogates, BundleError where the definition itself fails (an unknown token that is no token, an id
+        that the model does not know).
         """
         if len(text) > MAX_TEXT_CHARS:
             raise InputError(f"text of {len(text)} characters; at most {MAX_TEXT_CHARS} are allowed")
         try:
-            text.encode("utf-8")
+            size_bytes = len(text.encode("utf-8"))
         except UnicodeEncodeError as error:
             raise InputError(f"text is not valid Unicode at character {error.start}") from error
+        if size_bytes > self._max_text_bytes:
+            raise InputError(
+                f"text of {size_bytes} bytes; at most {self._max_text_bytes} are allowed for this tokenizer"
+            )
         with tokenizer_faults(TOKENIZER_FILE, BundleError):
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
+        if self._model_vocab_size is not None and ids and max(ids) >= self._model_vocab_size:
+            raise BundleError(
+                f"{TOKENIZER_FILE}: gives the token {max(ids)}; the model knows {self._model_vocab_size}"
+            )
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of `token_ids`. Ids outside the vocabulary give nothing. Raises BundleError as `encode`."""
+        if len(token_ids) > self._max_decoded_ids:
+            raise BundleError(
+                f"{TOKENIZER_FILE}: {len(token_ids)} tokens to decode; its long tokens allow "
+                f"{self._max_decoded_ids}"
+            )
         with tokenizer_faults(TOKENIZER_FILE, BundleError):
             text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special)
         return text
 
     def token_id(self, token: str) -> int | None:
         """Id of a token by its exact spelling, or None."""
-        found: int | None = self._tokenizer.token_to_id(token)
+        with tokenizer_faults(TOKENIZER_FILE, BundleError):
+            found: int | None = self._tokenizer.token_to_id(token)
         return found
 
     def spelling(self, token_id: int) -> str:
         """The token as the vocabulary writes it; "" for an id that has none."""
-        found: str | None = self._tokenizer.id_to_token(token_id)
+        with tokenizer_faults(TOKENIZER_FILE, BundleError):
+            found: str | None = self._tokenizer.id_to_token(token_id)
         return found or ""
 
     def is_byte(self, token_id: int) -> bool:
@@ -116,6 +146,7 @@ class IncrementalDecoder:
         self._tokenizer = tokenizer
         self._shows = shows
         self._window: list[int] = []
+        self._waiting_tokens = 0  # how many more tokens are taken before the window is looked at again
         self._shown_tokens = 0  # how many of the window's tokens are context whose text was returned
 
     def push(self, token_id: int) -> str:
@@ -128,8 +159,13 @@ class IncrementalDecoder:
         self._window.append(token_id)
         if self._tokenizer.is_byte(token_id):
             return ""
+        if self._waiting_tokens:
+            self._waiting_tokens -= 1
+            return ""
         before, now = self._texts()
         if len(now) <= len(before) or now.endswith(_REPLACEMENT):
+            # No character needs so many tokens: a vocabulary without text must not cost a square.
+            self._waiting_tokens = len(self._window) // 4 if len(self._window) > _MANY_TOKENS else 0
             return ""
         self._window = self._window[self._shown_tokens :]
         self._shown_tokens = len(self._window)
@@ -138,7 +174,7 @@ class IncrementalDecoder:
     def flush(self) -> str:
         """Returns the text still held back (an unfinished sequence shows as U+FFFD) and starts afresh."""
         before, now = self._texts()
-        self._window, self._shown_tokens = [], 0
+        self._window, self._shown_tokens, self._waiting_tokens = [], 0, 0
         return now[len(before) :]
 
     def _texts(self) -> tuple[str, str]:

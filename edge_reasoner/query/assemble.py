@@ -146,7 +146,12 @@ def open_tokenizer(bundle: Bundle, component: Component) -> TextTokenizer:
         config = parse_tokenizer_config(
             bundle.read_bytes(config_path, MAX_TOKENIZER_CONFIG_BYTES), config_path
         )
-    return TextTokenizer.from_files(bundle.read_bytes(path, MAX_TOKENIZER_BYTES), config, where=path)
+    return TextTokenizer.from_files(
+        bundle.read_bytes(path, MAX_TOKENIZER_BYTES),
+        config,
+        where=path,
+        vocab_size=component.spec.vocab_size,
+    )
 
 
 def _open_template(

@@ -25,6 +25,9 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 MAX_TOKENIZER_BYTES = 96 * 1024 * 1024
 MAX_TOKENIZER_CONFIG_BYTES = 64 * 1024
 
+#: what the library raises besides bare exceptions
+_FAULTS = (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+
 TokenText = Annotated[str, Meta(min_length=1, max_length=200)]
 
 
@@ -69,7 +72,7 @@ def tokenizer_faults(where: str, kind: type[InputError]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        bare = type(error) is Exception or isinstance(error, (TypeError, ValueError, OverflowError))
+        bare = type(error) is Exception or isinstance(error, _FAULTS)
         if not bare and type(error).__name__ != "PanicException":
             raise
         raise kind(f"{where}: not a usable tokenizer: {one_line(error)}") from error

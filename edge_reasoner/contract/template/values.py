@@ -167,7 +167,7 @@ def _method(kind: type, value: Any, name: str) -> Any:
         return Method(value, name)
     if name in _PYTHON_NAMES[kind]:
         return Undefined(
-            f"the method {name!r} is not available in chat templates",
+            f"{kind.__name__}.{name} is not available in chat templates",
             obj=value,
             name=name,
             exc=SecurityError,

@@ -13,31 +13,18 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+from edge_reasoner.contract.bundle.tokenizer_patterns import (
+    DEEPSEEK_V3_WORDS,
+    GPT2,
+    GPT4O,
+    LLAMA3,
+    QWEN2,
+    TEKKEN,
 )
-_QWEN2 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
-)
-_GPT4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?"
-    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
-)
-_DEEPSEEK_V3 = (
-    r"\p{N}{1,3}",
-    "[一-龥\u3040-ゟ゠-ヿ]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
-)
+
+_DEEPSEEK_V3 = (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", DEEPSEEK_V3_WORDS)
 _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}")
-_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 
 @dataclass(frozen=True)
@@ -72,19 +59,19 @@ def _table() -> Mapping[str, PreTokenizer]:
         ("default", PreTokenizer(_DEFAULT)),
         (
             "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
-            PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
+            PreTokenizer((LLAMA3,), ignore_merges=True, add_bos=True),
         ),
-        ("smaug-bpe dbrx", PreTokenizer((_LLAMA3,))),
-        ("tekken", PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True)),
-        ("gpt-4o llama4 kanana2", PreTokenizer((_GPT4O,))),
-        ("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open", PreTokenizer((_QWEN2,))),
+        ("smaug-bpe dbrx", PreTokenizer((LLAMA3,))),
+        ("tekken", PreTokenizer((TEKKEN,), ignore_merges=True, add_bos=True)),
+        ("gpt-4o llama4 kanana2", PreTokenizer((GPT4O,))),
+        ("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open", PreTokenizer((QWEN2,))),
         (
             "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
-            PreTokenizer((r"\p{N}", _GPT2)),
+            PreTokenizer((r"\p{N}", GPT2)),
         ),
         (
             "gpt-2 phi-2 mpt olmo jais trillion granite-docling gigachat exaone4 mellum a.x-4.0",
-            PreTokenizer((_GPT2,)),
+            PreTokenizer((GPT2,)),
         ),
         ("deepseek-v3 hunyuan-dense joyai-llm", PreTokenizer(_DEEPSEEK_V3)),
         ("deepseek-coder", PreTokenizer(_DEEPSEEK_CODER)),

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer
 
+from edge_reasoner.contract.bundle.tokenizer_check import check_tokenizer, with_model_type
 from edge_reasoner.contract.bundle.tokenizer_files import tokenizer_faults
 from edge_reasoner.errors import CheckpointError
 
@@ -78,16 +79,14 @@ class TokenizerFiles:
 
 
 def parse_tokenizer(text: str, where: str) -> Tokenizer:
-    """The tokenizer described by JSON `text`, with truncation and padding switched off, and tried once.
+    """The tokenizer described by JSON `text`, without truncation and padding, and tried once.
 
-    Raises CheckpointError when the library refuses it, or fails on the trial text.
+    Raises CheckpointError when the device would not take it, the library refuses it, or it fails on the trial
+    text.
     """
     with tokenizer_faults(where, CheckpointError):
-        tokenizer = Tokenizer.from_str(text)
-        tokenizer.no_truncation()
-        if getattr(tokenizer.model, "dropout", None):
-            tokenizer.model.dropout = None  # merges left out at random are for training alone
-        tokenizer.no_padding()  # before the trial: a hostile fixed padding would fill the memory
+        checked = check_tokenizer(with_model_type(text.encode("utf-8")), where, CheckpointError)
+        tokenizer = Tokenizer.from_buffer(checked.json)
         tokenizer.decode(tokenizer.encode(_TRIAL).ids)
     return tokenizer
 
@@ -116,6 +115,7 @@ def canonical_json(tokenizer: Tokenizer, where: str) -> bytes:
         raise CheckpointError(
             f"{where}: the tokenizer has {len(data)} bytes; at most {MAX_TOKENIZER_JSON_BYTES} are allowed"
         )
+    check_tokenizer(data, where, CheckpointError)
     return data
 
 

@@ -12,7 +12,8 @@ import random
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from types import FrameType
 
 from edge_reasoner.errors import EdgeReasonerError
@@ -59,12 +60,18 @@ def check(
     *,
     seed: int = 0,
     words: Sequence[bytes] = (),
+    damaged: Iterable[bytes] | None = None,
 ) -> None:
-    """Feeds the seeds, which must pass, and `count` mutations of them to `target`; see the module's text."""
+    """Feeds the seeds, which must pass, and `count` mutations of them to `target`; see the module's text.
+
+    `damaged` are mutations made otherwise, in place of those.
+    """
     for whole in seeds:
         target(whole)
     before_bytes = _peak_bytes()
-    for number, data in enumerate(mutations(seeds, count, seed=seed, words=words)):
+    if damaged is None:
+        damaged = mutations(seeds, count, seed=seed, words=words)
+    for number, data in enumerate(islice(damaged, count)):
         try:
             _within_time(target, data)
         except EdgeReasonerError as error:

@@ -24,7 +24,6 @@ from support.hostile_graphs import (
     read,
     reshaped,
     rewired,
-    sound_graphs,
     tensor,
     varint,
 )
@@ -37,12 +36,6 @@ from edge_reasoner.errors import BundleError
 GQA, MHA, NBITS, ROWS = "GroupQueryAttention", "MultiHeadAttention", "MatMulNBits", "GatherBlockQuantized"
 SKIP = "SkipSimplifiedLayerNormalization"
 EVIL_LOCATION = field(1, b"location") + field(2, b"../../../../etc/passwd")
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """The graphs that the attacks start from."""
-    return sound_graphs(tmp_path_factory.mktemp("sound"))
 
 
 def inner_graph() -> onnx.GraphProto:

@@ -1,0 +1,170 @@
+"""Whatever our reader of graphs accepts, onnx's own reader and the runtimes see as we do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import pytest
+from support.graph_mutations import graph_mutations
+from support.hostile_graphs import Sound
+
+from edge_reasoner.contract.bundle.graph_check import check_graph
+from edge_reasoner.contract.bundle.onnx_scan import (
+    FLOAT,
+    FLOAT16,
+    INT32,
+    INT64,
+    Declared,
+    OnnxModel,
+    scan_graph,
+)
+from edge_reasoner.errors import BundleError
+
+CHILD = Path(__file__).resolve().parents[2] / "support" / "run_graphs.py"
+OLD_PYTHON = "EDGE_REASONER_ORT123_PYTHON"
+_RUNTIME_TYPES = {
+    FLOAT: "tensor(float)",
+    FLOAT16: "tensor(float16)",
+    INT32: "tensor(int32)",
+    INT64: "tensor(int64)",
+}
+
+
+def value_of(attribute: onnx.AttributeProto) -> object:
+    """An attribute's value as onnx reads it."""
+    value = onnx.helper.get_attribute_value(attribute)
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def shape_of(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    """Numbers and symbols of a declared value's shape."""
+    return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+
+
+def same(ours: OnnxModel, data: bytes) -> None:
+    """Files, operators, attributes, types and shapes; and nothing in the bytes but that."""
+    model = onnx.load_from_string(data)
+    assert model.SerializeToString(deterministic=True) == data
+    graph = model.graph
+    assert {e.domain: e.version for e in model.opset_import} == ours.opsets
+    assert len(graph.node) == len(ours.nodes)
+    for node, mine in zip(graph.node, ours.nodes, strict=True):
+        assert (node.op_type, node.domain, node.name) == (mine.op_type, mine.domain, mine.name)
+        assert (tuple(node.input), tuple(node.output)) == (mine.inputs, mine.outputs)
+        theirs = {item.name: value_of(item) for item in node.attribute}
+        # through repr: not-a-number is never equal to itself
+        assert repr(sorted(theirs.items())) == repr(sorted(mine.attributes.items()))
+    for tensor, own in zip(graph.initializer, ours.initializers, strict=True):
+        assert (tensor.name, tensor.data_type, tuple(tensor.dims)) == (own.name, own.type, own.shape)
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        assert bool(place) == (own.external is not None) and tensor.raw_data == own.data
+        if own.external is not None:
+            assert place == {
+                "location": own.external.location,
+                "offset": str(own.external.offset),
+                "length": str(own.external.size_bytes),
+            }
+    for theirs_, declared in (
+        (graph.input, ours.inputs),
+        (graph.output, ours.outputs),
+        (graph.value_info, ours.declared),
+    ):
+        found = [Declared(v.name, v.type.tensor_type.elem_type, shape_of(v)) for v in theirs_]
+        assert tuple(found) == declared
+    rest = [graph.sparse_initializer, model.functions, model.training_info, model.metadata_props]
+    assert not any(rest)
+
+
+def accepted_of(sound: Mapping[str, Sound], count: int, folder: Path) -> dict[str, OnnxModel]:
+    """Mutations that pass the whole check, written beside their weights: path -> what we read.
+
+    Those that only the reader accepts are compared with onnx's too.
+    """
+    accepted: dict[str, OnnxModel] = {}
+    read = 0
+    for base, graph in sound.items():
+        at = folder / base
+        at.mkdir(parents=True)
+        for name in graph.files:
+            if not name.endswith(".onnx"):
+                shutil.copyfile(graph.path.with_name(name), at / name)
+        share = count // len(sound)
+        for number, data in enumerate(graph_mutations([graph.data], share, seed=len(base))):
+            try:
+                model = scan_graph(data, "g.onnx")
+            except BundleError as error:
+                assert str(error).isprintable()
+                continue
+            read += 1
+            same(model, data)
+            try:
+                check_graph(data, "g.onnx", graph.spec, graph.files)
+            except BundleError as error:
+                assert str(error).isprintable()
+                continue
+            path = at / f"{number}.onnx"
+            path.write_bytes(data)
+            accepted[str(path)] = model
+    assert read > len(accepted) > count // 100  # or nothing has been shown
+    return accepted
+
+
+def runtime_agrees(python: str, accepted: Mapping[str, OnnxModel]) -> None:
+    """It loads and runs each, or refuses it in words; it does not die, and sees our inputs and outputs."""
+    done = subprocess.run(
+        [python, str(CHILD)],
+        input="".join(f"{path}\n" for path in accepted),
+        capture_output=True,
+        text=True,
+        timeout=60 + len(accepted),
+        check=False,
+    )
+    seen = [json.loads(line) for line in done.stdout.splitlines()]
+    dead = list(accepted)[len(seen)] if len(seen) < len(accepted) else None
+    assert (done.returncode, dead) == (0, None), done.stderr[-500:]
+    loaded = 0
+    for outcome in seen:
+        if not outcome["inputs"]:
+            assert outcome["error"]
+            continue
+        loaded += 1
+        model = accepted[outcome["path"]]
+        for found, ours in ((outcome["inputs"], model.inputs), (outcome["outputs"], model.outputs)):
+            assert [tuple(value) for value in map(freeze, found)] == [
+                (value.name, _RUNTIME_TYPES[value.type], value.shape) for value in ours
+            ]
+    assert loaded > len(accepted) // 2
+
+
+def freeze(value: list) -> tuple:
+    """A value's name, type and shape out of JSON."""
+    name, kind, shape = value
+    return name, kind, tuple(shape)
+
+
+def pythons() -> list[str]:
+    """The newest runtime, which is this process's, and the oldest supported where there is one."""
+    old = os.environ.get(OLD_PYTHON)
+    return [sys.executable, *([old] if old else [])]
+
+
+def test_some_graphs(sound, tmp_path):
+    """Three hundred mutations."""
+    accepted = accepted_of(sound, 300, tmp_path)
+    for python in pythons():
+        runtime_agrees(python, accepted)
+
+
+@pytest.mark.slow
+def test_ten_thousand_graphs(sound, tmp_path):
+    """Ten thousand mutations."""
+    accepted = accepted_of(sound, 10_002, tmp_path)
+    for python in pythons():
+        runtime_agrees(python, accepted)

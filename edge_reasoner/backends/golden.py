@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -33,8 +33,11 @@ Clock = Callable[[], float]
 _CLEAR_LEADS = 6.0
 _WARM_STEPS = 2
 _TIMED_STEPS = 8
-_MAX_VECTORS = 256
+#: The exporter writes a handful of vectors, 6 steps and at most 1,100 tokens each.
+_MAX_VECTORS = 64
 _MAX_VECTOR_TOKENS = 4096
+_MAX_TOKENS = 16_384
+_MAX_DECODE_STEPS = 512
 _MAX_KEPT_LOGITS = 1 << 26
 
 
@@ -79,6 +82,16 @@ def check_golden(golden: GoldenSet, spec: DecoderSpec | EncoderSpec, where: str)
             raise BundleError(
                 f"{where}: an embedding of {len(vector.embedding)} numbers, not {spec.dimension}"
             )
+    _check_work(vectors, where)
+
+
+def _check_work(vectors: Sequence[DecoderGolden | EncoderGolden], where: str) -> None:
+    """All vectors together are run for every candidate, on the slowest board."""
+    tokens = sum(len(vector.token_ids) for vector in vectors)
+    steps = sum(len(v.token_ids) - v.prefill_tokens for v in vectors if isinstance(v, DecoderGolden))
+    for what, count, most in (("tokens", tokens, _MAX_TOKENS), ("decode steps", steps, _MAX_DECODE_STEPS)):
+        if count > most:
+            raise BundleError(f"{where}: golden vectors of {count} {what}; at most {most} are allowed")
 
 
 def _check_decoder_vector(vector: DecoderGolden, vocab_size: int, where: str) -> None:

@@ -27,6 +27,9 @@ MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 MAX_GOLDEN_BYTES = 16 * 1024 * 1024
 MAX_FILES = 4096
+MAX_LAYERS = 1024
+#: of one component, each of which may be tried several times on a device; the exporter writes two or three
+MAX_VARIANTS = 16
 
 # \Z: `$` would let one line feed pass at the end
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -40,6 +43,7 @@ Version = Annotated[str, Meta(pattern=r"^[0-9]{1,6}(\.[0-9]{1,6}){0,3}\Z")]
 FilePath = Annotated[str, Meta(min_length=1, max_length=400)]
 Setting = Annotated[str, Meta(max_length=200)]
 Magnitude = Annotated[float, Meta(ge=0, le=1e15)]
+PerLayer = Annotated[tuple[PositiveCount, ...], Meta(max_length=MAX_LAYERS)]
 TokenIds = Annotated[tuple[Count, ...], Meta(max_length=1024)]
 
 ComponentKind = Literal["reasoner", "preprocessor", "draft", "gate"]
@@ -71,7 +75,7 @@ class Variant(_Record, frozen=True, kw_only=True):
     backend: Word
     execution_provider: Word
     graph: FilePath
-    session_options: Annotated[dict[Word, Setting], Meta(max_length=64)] = {}
+    session_options: Annotated[dict[Word, Setting], Meta(max_length=16)] = {}
     isa_floor: Annotated[tuple[Word, ...], Meta(max_length=64)] = ()
     minimum_runtime: Version
     ram_floor_bytes: Count
@@ -93,8 +97,8 @@ class DecoderSpec(_Record, frozen=True, kw_only=True, tag="decoder", tag_field="
     family: Name
     vocab_size: PositiveCount
     hidden_size: PositiveCount
-    kv_heads: tuple[PositiveCount, ...]
-    head_dim: tuple[PositiveCount, ...]
+    kv_heads: PerLayer
+    head_dim: PerLayer
     kv_dtype: Literal["float32", "float16"]
     context_tokens: PositiveCount
     parameters: PositiveCount
@@ -162,7 +166,7 @@ class Component(_Record, frozen=True, kw_only=True):
     #: the exporter's plan, as printed by --dry-run: every per-layer decision
     plan: dict[Name, Json]
     spec: DecoderSpec | EncoderSpec
-    variants: Annotated[tuple[Variant, ...], Meta(min_length=1, max_length=64)]
+    variants: Annotated[tuple[Variant, ...], Meta(min_length=1, max_length=MAX_VARIANTS)]
     #: path of the golden vectors, `golden/<kind>.json`
     golden: FilePath
     #: folder with `tokenizer.json` and, for a decoder, perhaps `chat_template.jinja`

@@ -22,6 +22,7 @@ from edge_reasoner.contract.bundle.held import HeldFile, HeldFolder, HeldGraph, 
 from edge_reasoner.contract.bundle.manifest import (
     MANIFEST_NAME,
     MAX_FILES,
+    MAX_LAYERS,
     MAX_MANIFEST_BYTES,
     Component,
     DecoderSpec,
@@ -44,7 +45,6 @@ _MAX_SIGNATURE_BYTES = 64 * 1024
 _SPEC_LIMITS = {"vocab_size": 1 << 22, "context_tokens": 1 << 24, "parameters": 1 << 43}
 _DECODER_LIMITS = {**_SPEC_LIMITS, "hidden_size": 1 << 20}
 _ENCODER_LIMITS = {**_SPEC_LIMITS, "dimension": 1 << 16}
-_MAX_LAYERS = 1024
 _MAX_HEADS = 4096
 _MAX_HEAD_DIM = 4096
 
@@ -225,10 +225,8 @@ def _check_spec(component: Component) -> None:
             raise BundleError(f"{where}: {name} is {value}; at most {limit} is allowed")
     if isinstance(spec, EncoderSpec):
         return
-    if not 1 <= len(spec.kv_heads) <= _MAX_LAYERS:
-        raise BundleError(
-            f"{where}: kv_heads has {len(spec.kv_heads)} layers; 1 to {_MAX_LAYERS} are allowed"
-        )
+    if not spec.kv_heads:
+        raise BundleError(f"{where}: kv_heads has 0 layers; 1 to {MAX_LAYERS} are allowed")
     for name, values, limit in (
         ("kv_heads", spec.kv_heads, _MAX_HEADS),
         ("head_dim", spec.head_dim, _MAX_HEAD_DIM),

@@ -250,6 +250,27 @@ def test_hostile_golden_vector(golden, change, message):
         )
 
 
+@pytest.mark.parametrize(
+    "count, tokens, prefill, message",
+    [
+        (30, 1000, 1000, "30000 tokens; at most 16384"),
+        (20, 500, 1, "9980 decode steps; at most 512"),
+        (80, 1, 1, "80 golden vectors; 1 to 64"),
+    ],
+)
+def test_golden_vectors_have_a_budget(tmp_path, golden, count, tokens, prefill, message):
+    """What every candidate would have to compute is bounded before the first is opened."""
+    vector = msgspec.structs.replace(
+        golden.decoder[0],
+        token_ids=(1,) * tokens,
+        prefill_tokens=prefill,
+        checks=tuple(msgspec.structs.replace(c, position=tokens - 1) for c in golden.decoder[0].checks),
+    )
+    root = write_bundle(tmp_path / "b", msgspec.structs.replace(golden, decoder=(vector,) * count))
+    with pytest.raises(BundleError, match=message):
+        start(root, None, probe_import=None)
+
+
 class SameLogits(FakeDecoder):
     """A decoder that gives the same logits, float32 [vocab], at every position."""
 

@@ -167,7 +167,17 @@ FORGED = {
     "head width": (lambda m: component(m)["spec"].update(head_dim=[2**53, 16]), "head_dim"),
     "many layers": (
         lambda m: component(m)["spec"].update(kv_heads=[1] * 9999, head_dim=[8] * 9999),
-        "layers",
+        "length <= 1024",
+    ),
+    "many variants": (
+        lambda m: component(m).update(
+            variants=[{**component(m)["variants"][0], "id": f"v{i}"} for i in range(12_000)]
+        ),
+        "length <= 16",
+    ),
+    "many options": (
+        lambda m: component(m)["variants"][0].update(session_options={f"k{i}": "1" for i in range(17)}),
+        "length <= 16",
     ),
     "no layers": (lambda m: component(m)["spec"].update(kv_heads=[], head_dim=[]), "0 layers"),
     "layer mismatch": (lambda m: component(m)["spec"].update(head_dim=[16]), "differ in length"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from edge_reasoner.chat.checks import check_integer, check_is, check_text
 from edge_reasoner.chat.messages import as_messages
 from edge_reasoner.chat.model import ChatModel, ChatRequest, Usage
 from edge_reasoner.chat.params import SamplingParams
@@ -76,7 +77,14 @@ class InferenceClient:
         place = endpoint if endpoint is not None else model_name
         if place is None:
             raise InputError("InferenceClient: give an endpoint (a URL or a bundle) or a model_name")
-        _check_place("model_name" if endpoint is None else "endpoint", place)
+        check_is(
+            "model_name" if endpoint is None else "endpoint",
+            place,
+            (str, os.PathLike),
+            "a URL (http://…/v1) or a bundle's path",
+        )
+        if api_key is not None:
+            check_text("api_key", api_key)
         if isinstance(place, str) and "://" in place:
             environment = os.environ if api_key is None else {**os.environ, _KEY_NAME: api_key}
             key_env = "OPENAI_API_KEY" if api_key is None else _KEY_NAME
@@ -100,10 +108,11 @@ class InferenceClient:
         allowed), PrivacyVetoError (a URL is not sent what the policy forbids), ContextOverflowError,
         CloudError.
         """
+        check_is("parameters", parameters, (Mapping, type(None)), "a mapping of parameters")
         given = dict(parameters or {})
         window = given.pop(_WINDOW, None)
-        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-            raise InputError(f"{_WINDOW}={window!r} is not allowed; give an integer of at least 1")
+        if window is not None:
+            check_integer(_WINDOW, window, 1)
         try:
             params = sampling_params(None, given)
         except InputError as error:
@@ -147,8 +156,3 @@ def _infer_remote(
     result = cloud.submit(ChatRequest(tuple(as_messages(prompt)), params=params, extra=extra)).result()
     choice = InferenceChoice(result.text, result.finish_reason, thinking=result.thinking)
     return InferenceResult((choice,), result.model, "cloud", result.usage)
-
-
-def _check_place(name: str, value: object) -> None:
-    if not isinstance(value, (str, os.PathLike)):
-        raise InputError(f"{name}={value!r} is not allowed; give a URL (http://…/v1) or a bundle's path")

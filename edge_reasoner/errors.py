@@ -32,6 +32,7 @@ from typing import ClassVar
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _LINE_ENDS = re.compile("\u2028|\u2029")
 _MAX_LINE_CHARS = 300
+_MAX_VALUE_CHARS = 80
 
 
 def printable(text: str) -> str:
@@ -53,6 +54,17 @@ def one_line(said: object, max_chars: int = _MAX_LINE_CHARS) -> str:
     if not line and isinstance(said, BaseException):
         line = type(said).__name__
     return line if len(line) <= max_chars else f"{line[: max_chars - 1]}…"
+
+
+def shown(value: object, max_chars: int = _MAX_VALUE_CHARS) -> str:
+    """A value that is refused, as Python writes it, in one printable line of at most `max_chars`."""
+    if isinstance(value, (str, bytes)):
+        value = value[:max_chars]
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"<{type(value).__name__}>"
+    return one_line(text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8"), max_chars)
 
 
 class EdgeReasonerError(Exception):

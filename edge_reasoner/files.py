@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import glob
+import io
 import json
 import os
+import select
 import shutil
 import stat
 import sys
@@ -34,7 +37,19 @@ except ImportError:  # Windows
 
 MAX_LINE_BYTES = 4 * 1024 * 1024
 MAX_ROWS = 1_000_000
+#: of a file of rows: all of them are kept
+MAX_ROWS_BYTES = 1 << 30
 _CHUNK_BYTES = 1 << 20
+#: how long a pipe is waited for
+_SILENCE_S = 30.0
+_KINDS = (stat.S_IFREG, stat.S_IFIFO)
+_OTHERS = {
+    stat.S_IFDIR: "it is a directory,",
+    stat.S_IFCHR: "it is a device,",
+    stat.S_IFBLK: "it is a device,",
+    stat.S_IFSOCK: "it is a socket,",
+    stat.S_IFIFO: "it is a pipe,",
+}
 #: what is looked at to tell UTF-16 without a byte order mark from UTF-8
 _HEAD_BYTES = 512
 _BOM = "\ufeff"
@@ -195,21 +210,75 @@ def is_file(path: Path) -> bool:
         return False
 
 
+class _Pipe(io.RawIOBase):
+    """The reading end of a pipe: one into which nobody writes is empty, one that is silent gives up."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor  # without a writer, waiting for one would never end: it does not block
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLIN)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            try:
+                data = os.read(self._descriptor, len(buffer))
+            except BlockingIOError:
+                if not self._poll.poll(_SILENCE_S * 1000):
+                    silence = f"a pipe into which nothing was written for {_SILENCE_S:g} s"
+                    raise TimeoutError(errno.ETIMEDOUT, silence) from None
+                continue
+            buffer[: len(data)] = data
+            return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+
+def open_given(
+    path: Path, limit_bytes: int | None = None, *, error: ErrorType = InputError, regular: bool = False
+) -> io.BufferedReader:
+    """Opens for reading what a user names: a file, or a pipe that somebody writes into; never waits for one.
+
+    Raises `error`: missing or unreadable, a folder, a device (`/dev/zero` has no end), a file of more than
+    `limit_bytes` (who reads a pipe counts); with `regular` also a pipe.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (OSError, ValueError) as problem:
+        raise error(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}") from problem
+    try:
+        status = os.fstat(descriptor)
+        kind = stat.S_IFMT(status.st_mode)
+        if kind not in _KINDS or (regular and kind != stat.S_IFREG):
+            raise error(f"{path}: cannot be read: {_OTHERS.get(kind, 'it is')} not a regular file")
+        if kind == stat.S_IFREG and limit_bytes is not None and status.st_size > limit_bytes:
+            raise error(f"{path}: larger than the {limit_bytes} bytes that are allowed")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    if kind == stat.S_IFIFO:
+        return io.BufferedReader(_Pipe(descriptor))
+    return os.fdopen(descriptor, "rb")
+
+
 def read_bytes(
     path: Path, limit_bytes: int, *, error: ErrorType = InputError, regular: bool = False
 ) -> bytes:
-    """The whole file. Raises `error`: missing, unreadable, above the limit; with `regular` also what is no
-    regular file (a pipe in a folder of a stranger would never end)."""
+    """The whole file. Raises `error` as `open_given`, and above the limit. `regular`: for the folder of a
+    stranger, where a pipe would never end."""
     data = bytearray()
-    try:
-        with open(path, "rb", opener=_open_without_waiting if regular else None) as file:
-            if regular and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise error(f"{path}: not a regular file")
+    with open_given(path, limit_bytes, error=error, regular=regular) as file:
+        try:
             # read() allocates what it is asked for, so it is asked for little at a time
             while len(data) <= limit_bytes and (chunk := file.read(min(_CHUNK_BYTES, limit_bytes + 1))):
                 data += chunk
-    except OSError as problem:
-        raise error(f"{path}: cannot be read: {problem.strerror or problem}") from problem
+        except OSError as problem:
+            raise error(f"{path}: cannot be read: {problem.strerror or problem}") from problem
     if len(data) > limit_bytes:
         raise error(f"{path}: larger than the {limit_bytes} bytes that are allowed")
     return bytes(data)
@@ -292,15 +361,20 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     no such file, a line that is too long, not UTF-8, not JSON or not an object, too many rows, or none.
     """
     count = 0
-    try:
-        with path.open("rb") as file:
-            if foreign_encoding(head := file.peek(_HEAD_BYTES)):
+    left_bytes = MAX_ROWS_BYTES
+    with open_given(path, MAX_ROWS_BYTES) as file:
+        try:
+            head = file.peek(_HEAD_BYTES)
+            if foreign_encoding(head):
                 decode_text(head, str(path))  # raises, with the encoding's name
             number = 0
             while data := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
+                left_bytes -= len(data)
                 if len(data) > MAX_LINE_BYTES:
                     raise InputError(f"{path} line {number}: more than {MAX_LINE_BYTES} bytes")
+                if left_bytes < 0:
+                    raise InputError(f"{path}: more than {MAX_ROWS_BYTES} bytes")
                 text = decode_text(data, f"{path} line {number}").strip()
                 if not text:
                     continue
@@ -308,8 +382,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if count > MAX_ROWS:
                     raise InputError(f"{path}: more than {MAX_ROWS} rows")
                 yield number, _object(text, f"{path} line {number}")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror or error}") from error
     if count == 0:
         raise InputError(f"{path}: no rows; one JSON object per line is needed")
 
@@ -341,11 +415,6 @@ def _mode_of(path: Path) -> int:
         return stat.S_IMODE(path.stat().st_mode)
     except OSError:
         return 0o644
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    """Opening a pipe must not wait for somebody to write into it."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -13,7 +13,8 @@ from typing import Any
 
 from edge_reasoner.activation.opening import open_bundle_at
 from edge_reasoner.activation.store import Activation
-from edge_reasoner.chat.messages import as_messages, said
+from edge_reasoner.chat.checks import check_integer, check_is, check_number, check_text, refuse
+from edge_reasoner.chat.messages import as_messages, message_text, said
 from edge_reasoner.chat.model import (
     Cancellation,
     ChatModel,
@@ -38,6 +39,8 @@ from edge_reasoner.query.inspect import Query
 from edge_reasoner.query.routing import Pieces, Router
 
 Prompt = str | Sequence[Message]
+#: of a device; more is a slip
+_MAX_POWER_W = 1e6
 
 
 class Reasoner:
@@ -60,6 +63,10 @@ class Reasoner:
     ) -> None:
         """From parts, which it closes; most callers want `Reasoner.open`. `cloud` may be another Reasoner."""
         self._mode = check_mode(mode)
+        check_is("policy", policy, (Policy, type(None)), "a Policy")
+        check_is("price", price, (CloudPrice, type(None)), "a CloudPrice")
+        if power_w is not None:
+            check_number("power_w", power_w, 0.0, _MAX_POWER_W)
         self._device = device
         self._cloud = cloud
         self._router = Router(
@@ -101,11 +108,13 @@ class Reasoner:
         checked_mode = check_mode(mode)
         _check_count("threads", threads)
         _check_count("context_tokens", context_tokens)
-        if not isinstance(bundle, (str, os.PathLike, Bundle)):
-            raise InputError(f"bundle={bundle!r} is not allowed; give the path of a bundle")
+        check_is("bundle", bundle, (str, os.PathLike, Bundle), "the path of a bundle")
+        check_is("cache_dir", cache_dir, (str, os.PathLike, type(None)), "a folder's path")
+        check_is("environment", environment, Mapping, "a mapping of names to texts")
+        check_is("policy", policy, (Policy, type(None)), "a Policy")
         client = None if isinstance(cloud, str) else _as_chat_model(cloud)
         if isinstance(cloud, str):
-            limits = cloud_limits or CloudLimits()
+            limits = CloudLimits() if cloud_limits is None else cloud_limits
             rules = (policy or Policy()).screen
             options = CloudOptions(cloud, cloud_model, api_key_env, environment, limits, price, rules)
             client = connect(options, protocol)
@@ -206,6 +215,8 @@ class Reasoner:
 
         Results come in the order of `prompts`.
         """
+        if isinstance(prompts, (str, bytes, bytearray)) or not isinstance(prompts, Sequence):
+            refuse("prompts", prompts, "a list of prompts")
         answers: dict[int, Answer] = {}
         for index in sorted(range(len(prompts)), key=lambda i: _order(prompts[i])):
             answers[index] = self.ask(prompts[index], params=params, mode=mode, **sampling)
@@ -220,7 +231,7 @@ class Reasoner:
         else is asked. Never waits. Sessions do it by themselves after an answer of the device."""
         opened = self._device.opened
         if opened is not None:
-            opened.model.prefill_ahead(tuple(messages))
+            opened.model.prefill_ahead(tuple(as_messages(messages)))
 
     def close(self) -> None:
         """Releases model, encoder and connections."""
@@ -264,6 +275,8 @@ class ChatSession:
 
     def __init__(self, reasoner: Reasoner, system: str | None = None) -> None:
         """`system`: the conversation's first message, or None."""
+        if system is not None:
+            check_text("system", system)
         self._reasoner = reasoner
         self._lock = threading.Lock()
         self._messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
@@ -311,6 +324,7 @@ def sampling_params(params: SamplingParams | None, by_name: Mapping[str, Any]) -
     if params is not None and by_name:
         raise InputError("give either params or single sampling parameters, not both")
     if params is not None:
+        check_is("params", params, SamplingParams, "SamplingParams")
         return params
     values = dict(by_name)
     if isinstance(values.get("stop"), str):
@@ -327,16 +341,16 @@ def _with_end(pieces: Pieces) -> Pieces:
 
 
 def _order(prompt: Prompt) -> tuple[int, str]:
-    text = prompt if isinstance(prompt, str) else str(list(prompt))
+    text = "\n".join(message_text(message) for message in as_messages(prompt))
     return len(text), text
 
 
 def _as_chat_model(cloud: ChatModel | None) -> ChatModel | None:
     if cloud is not None and not callable(getattr(cloud, "submit", None)):
-        raise InputError(f"cloud={cloud!r} is not allowed; give an endpoint's URL (http://…/v1) or a model")
+        refuse("cloud", cloud, "an endpoint's URL (http://…/v1) or a model")
     return cloud
 
 
 def _check_count(name: str, value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise InputError(f"{name}={value!r} is not allowed; give an integer of at least 1")
+    if value is not None:
+        check_integer(name, value, 1)

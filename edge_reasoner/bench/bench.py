@@ -26,6 +26,7 @@ import msgspec
 import numpy as np
 
 from edge_reasoner.activation.activate import Activated, activate
+from edge_reasoner.chat.checks import check_integer, refuse
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.contract.bundle.graph_bytes import graph_bytes
 from edge_reasoner.contract.bundle.manifest import DecoderSpec
@@ -58,13 +59,11 @@ class BenchOptions:
     def __post_init__(self) -> None:
         limits = {"prompt_tokens": 1 << 20, "new_tokens": 1 << 20, "repeats": MAX_REPEATS}
         for name, most in limits.items():
-            if not 1 <= getattr(self, name) <= most:
-                raise InputError(f"{name}={getattr(self, name)} is not allowed; give 1 to {most}")
-        if self.concurrency != 1:
-            raise InputError(
-                f"concurrency={self.concurrency} is not allowed; one answer is computed at a time,"
-                " so only 1 can be measured"
-            )
+            check_integer(name, getattr(self, name), 1, most)
+        check_integer("seed", self.seed, 0, 2**64 - 1)
+        check_integer("concurrency", self.concurrency, 1)
+        if self.concurrency > 1:
+            refuse("concurrency", self.concurrency, "1: only 1 answer at a time can be measured")
 
 
 @dataclass(frozen=True)

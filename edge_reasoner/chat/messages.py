@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 from edge_reasoner.contract.template.render import Message
-from edge_reasoner.errors import InputError
+from edge_reasoner.errors import InputError, shown
 
 #: where messages carry what was thought before an answer; the first is the one written here
 THINKING_FIELDS = ("reasoning_content", "reasoning", "thinking")
@@ -57,6 +58,14 @@ def said(answer: str, thinking: str | None) -> Message:
     return message if thinking is None else message | {THINKING_FIELDS[0]: thinking}
 
 
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
 def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
     """A chat from a prompt: one user message, or the messages given, their text parts joined. Raises
     InputError."""
@@ -73,5 +82,10 @@ def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
     for message in messages:
         if not isinstance(message.get("role"), str):
             raise InputError("messages: each needs a role (system, user, assistant or tool) and a content")
+        for name, value in message.items():
+            if not isinstance(name, str) or not (
+                isinstance(value, str) or name == "content" or _is_json(value)
+            ):
+                raise InputError(f"messages: {shown(name)} is {shown(value)}; only what JSON has can be sent")
     # one string each: what the owner's rules have read is what is sent
     return [{**message, "content": message_text(message)} for message in messages]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edge_reasoner.chat.checks import check_integer, check_number, refuse
 from edge_reasoner.errors import InputError
+from edge_reasoner.files import is_unicode
 
 MAX_NEW_TOKENS = 1_000_000
 MAX_STOP_STRINGS = 16
@@ -29,35 +31,27 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_range("temperature", self.temperature, 0.0, 100.0)
-        _check_range("top_p", self.top_p, 0.0, 1.0)
-        _check_range("min_p", self.min_p, 0.0, 1.0)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _check_integer("top_k", self.top_k, 0, 2**31 - 1)
+        check_number("temperature", self.temperature, 0.0, 100.0)
+        check_number("top_p", self.top_p, 0.0, 1.0)
+        check_number("min_p", self.min_p, 0.0, 1.0)
+        check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        check_integer("top_k", self.top_k, 0, 2**31 - 1)
         if self.max_tokens is not None:
-            _check_integer("max_tokens", self.max_tokens, 1, MAX_NEW_TOKENS)
+            check_integer("max_tokens", self.max_tokens, 1, MAX_NEW_TOKENS)
         if self.seed is not None:
-            _check_integer("seed", self.seed, 0, 2**64 - 1)
+            check_integer("seed", self.seed, 0, 2**64 - 1)
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) for text in self.stop):
-            raise InputError(f"stop={self.stop!r} is not allowed; give a tuple of strings")
+            refuse("stop", self.stop, "a tuple of strings")
         if len(self.stop) > MAX_STOP_STRINGS or any(not 0 < len(s) <= MAX_STOP_CHARS for s in self.stop):
             lengths = ", ".join(str(len(text)) for text in self.stop[: MAX_STOP_STRINGS + 1])
             raise InputError(
                 f"stop={len(self.stop)} strings (of {lengths} characters): give at most {MAX_STOP_STRINGS}"
                 f" strings of 1 to {MAX_STOP_CHARS} characters"
             )
+        if not is_unicode(self.stop):
+            refuse("stop", self.stop, "whole characters: there is a lone surrogate (\\ud800) in it")
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0.0 or self.top_k == 1
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise InputError(f"{name}={value!r} is not allowed; give a number from {low:g} to {high:g}")
-
-
-def _check_integer(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InputError(f"{name}={value!r} is not allowed; give an integer from {low} to {high}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-from edge_reasoner.errors import InputError
+from edge_reasoner.errors import InputError, shown
 
 if TYPE_CHECKING:
     from edge_reasoner.chat.model import ChatModel
@@ -29,6 +29,6 @@ PROTOCOLS: Mapping[ProtocolName, Callable[[CloudOptions], ChatModel]] = MappingP
 def connect(options: CloudOptions, protocol: str = DEFAULT_PROTOCOL) -> ChatModel:
     """A client for the endpoint; nothing is sent yet. Raises InputError: unknown protocol, bad URL."""
     for name, make in PROTOCOLS.items():
-        if name == protocol:
+        if isinstance(protocol, str) and name == protocol:
             return make(options)
-    raise InputError(f"cloud protocol: {protocol!r} is not known; choose one of {', '.join(PROTOCOLS)}")
+    raise InputError(f"cloud protocol: {shown(protocol)} is not known; choose one of {', '.join(PROTOCOLS)}")

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from edge_reasoner.chat.checks import check_integer, check_is, check_number, check_text
 from edge_reasoner.chat.model import PulledStream, Usage
 from edge_reasoner.cloud.redact import shown_url
-from edge_reasoner.errors import InputError
 from edge_reasoner.privacy.screen import DEFAULT_SCREEN, Screen
 
+_MAX_S, _MAX_ATTEMPTS, _MAX_BYTES, _MAX_USD = 1e6, 100, 1 << 40, 1e6
 _TIMES = ("connect_s", "read_s", "total_s", "settle_s")
 
 
 @dataclass(frozen=True)
 class CloudLimits:
-    """Bounds of one request. Times in seconds; the total covers every attempt and the whole stream."""
+    """Bounds of one request. Times in seconds; the total covers every attempt and the whole stream. Raises
+    InputError."""
 
     connect_s: float = 5.0
     read_s: float = 30.0
@@ -35,17 +37,25 @@ class CloudLimits:
     idle_events: int = 100_000
 
     def __post_init__(self) -> None:
-        for name in (*_TIMES, "attempts", "line_bytes", "response_bytes", "answer_chars", "idle_events"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"cloud limits: {name} must be more than 0, not {getattr(self, name)!r}")
+        for name in _TIMES:
+            check_number(name, getattr(self, name), 0.0, _MAX_S, above=True)
+        for name in ("backoff_base_s", "backoff_cap_s", "retry_after_cap_s"):
+            check_number(name, getattr(self, name), 0.0, _MAX_S)
+        check_integer("attempts", self.attempts, 1, _MAX_ATTEMPTS)
+        for name in ("line_bytes", "response_bytes", "answer_chars", "idle_events"):
+            check_integer(name, getattr(self, name), 1, _MAX_BYTES)
 
 
 @dataclass(frozen=True)
 class CloudPrice:
-    """US dollars per million tokens."""
+    """US dollars per million tokens, 0 to a million. Raises InputError."""
 
     input_usd_per_mtok: float
     output_usd_per_mtok: float
+
+    def __post_init__(self) -> None:
+        for name in ("input_usd_per_mtok", "output_usd_per_mtok"):
+            check_number(name, getattr(self, name), 0.0, _MAX_USD)
 
     def cost_usd(self, usage: Usage) -> float:
         """What `usage` costs."""
@@ -58,7 +68,8 @@ class CloudOptions:
     """Where the cloud is. `model` None asks the endpoint which model it serves (the first it lists).
 
     The API key is read from `environment[api_key_env]`; it is never stored in a file, logged or shown.
-    `screen`: the owner's rules for what is sent; without others, those of a `Policy` with no options.
+    `screen`: the owner's rules for what is sent; without others, those of a `Policy` with no options. Raises
+    InputError.
     """
 
     url: str
@@ -71,6 +82,16 @@ class CloudOptions:
 
     def __repr__(self) -> str:
         return f"CloudOptions(url={shown_url(str(self.url))!r}, model={self.model!r})"
+
+    def __post_init__(self) -> None:
+        check_text("url", self.url, "an endpoint's URL (http://…/v1)")
+        for name in ("model", "api_key_env"):
+            if getattr(self, name) is not None:
+                check_text(name, getattr(self, name))
+        check_is("environment", self.environment, Mapping, "a mapping of names to texts")
+        check_is("limits", self.limits, CloudLimits, "CloudLimits")
+        check_is("price", self.price, (CloudPrice, type(None)), "a CloudPrice")
+        check_is("screen", self.screen, Screen, "a Screen")
 
 
 @dataclass(frozen=True)

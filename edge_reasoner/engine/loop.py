@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from edge_reasoner.backends.base import DecoderModel
+from edge_reasoner.chat.checks import check_integer, check_is
 from edge_reasoner.chat.params import SamplingParams
 from edge_reasoner.engine.generate import (
     Decoder,
@@ -41,6 +42,8 @@ from edge_reasoner.machine.process import check_same_process
 
 #: how long the end of the process waits for the model call under way
 _EXIT_WAIT_S = 10.0
+#: answers at once: each has a cache of its own
+_MOST_ACTIVE = 1024
 #: prompts that are fed ahead at once; of more, the oldest are forgotten
 _AHEAD_PROMPTS = 4
 #: tokens of a prompt's end that show whether its template opened a block of thinking
@@ -60,8 +63,9 @@ class EngineLimits:
     caches: CacheLimits = field(default_factory=CacheLimits)
 
     def __post_init__(self) -> None:
-        if self.active < 1 or self.waiting < 0:
-            raise InputError("engine limits: at least 1 active and 0 waiting requests are needed")
+        check_integer("active", self.active, 1, _MOST_ACTIVE)
+        check_integer("waiting", self.waiting, 0)
+        check_is("caches", self.caches, CacheLimits, "CacheLimits")
 
 
 class _Job:

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_reasoner.backends.base import DecoderModel, KVCache
-from edge_reasoner.errors import BackendError, InputError
+from edge_reasoner.chat.checks import check_integer
+from edge_reasoner.errors import BackendError
 
 #: Shortest and longest chunk. A short one at the start lets short system prompts share. Long ones are fed
 #: somewhat faster (256 by 5 %, measured on SmolLM2), but what follows the last border is fed again each turn.
@@ -47,10 +48,9 @@ class CacheLimits:
     bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise InputError(f"caches: {self.count!r} is not allowed; give 1 or more")
-        if self.bytes is not None and self.bytes < 0:
-            raise InputError(f"cache bytes: {self.bytes!r} is not allowed; give 0 or more")
+        check_integer("count", self.count, 1)
+        if self.bytes is not None:
+            check_integer("bytes", self.bytes, 0)
 
 
 @dataclass(frozen=True)

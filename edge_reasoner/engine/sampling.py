@@ -64,7 +64,8 @@ def choose(
     top = float(logits[first])
     if not math.isfinite(top):
         raise BackendError("the model's logits are not finite")
-    shifted = np.subtract(logits, np.float32(top), out=room.shifted)
+    with np.errstate(over="ignore"):  # to −inf: as far below as a masked token
+        shifted = np.subtract(logits, np.float32(top), out=room.shifted)
     # A masked token (−inf) has probability 0 and must add 0 to Σ p·x, not 0·−inf.
     np.maximum(shifted, np.float32(_LOWEST_SHIFTED), out=shifted)
     likelihoods = np.exp(shifted, out=room.likelihoods)
@@ -86,14 +87,16 @@ def filtered(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Candidate ids [n] and their probabilities [n] after temperature, top-k, top-p and min-p."""
     top = logits.max()
-    ids = np.flatnonzero(logits > top - np.float32(_NEGLIGIBLE_NATS * params.temperature))
+    # at least the first is in: a temperature may be so low that the difference is lost beside the logits
+    ids = np.flatnonzero(logits >= top - np.float32(_NEGLIGIBLE_NATS * params.temperature))
     if 0 < params.top_k < len(ids):
         # ties with the k-th stay in, as in transformers
         candidates = logits[ids]
         kth = np.partition(candidates, len(ids) - params.top_k)[len(ids) - params.top_k]
         ids = ids[candidates >= kth]
-    scores = logits[ids].astype(np.float64) / params.temperature
-    probabilities = np.exp(scores - scores.max())
+    with np.errstate(over="ignore"):  # to −inf, whose probability is 0
+        scores = (logits[ids].astype(np.float64) - float(top)) / params.temperature
+    probabilities = np.exp(scores)
     probabilities /= probabilities.sum()
     if params.top_p < 1.0:
         kept = _nucleus(probabilities, params.top_p)
@@ -137,5 +140,7 @@ def _penalized(logits: NDArray[np.float32], penalty: float, previous: Sequence[i
     seen = np.unique(np.asarray(previous, np.int64))
     adjusted: NDArray[np.float32] = logits.copy()
     values = adjusted[seen]
-    adjusted[seen] = np.where(values < 0, values * np.float32(penalty), values / np.float32(penalty))
+    with np.errstate(over="ignore"):
+        values = np.where(values < 0, values * np.float32(penalty), values / np.float32(penalty))
+    adjusted[seen] = np.minimum(values, np.finfo(np.float32).max)
     return adjusted

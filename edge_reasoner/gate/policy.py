@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AnySet
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
-from edge_reasoner.errors import InputError
+from edge_reasoner.chat.checks import check_flag, check_integer, check_number, check_texts, refuse
 from edge_reasoner.privacy.screen import DEFAULT_MAX_CHARS, PRIVATE_KINDS, Screen
 
 Mode = Literal["auto", "local", "cloud", "offline"]
@@ -41,22 +42,27 @@ class Policy:
     screen: Screen = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_flag("policy: local_only", self.local_only)
         for name in ("threshold", "threshold_before"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-                raise InputError(f"policy: {name}: {value!r} is not allowed; give a number from 0 to 1")
-        if not isinstance(self.early_tokens, int) or not 1 <= self.early_tokens <= 4096:
-            raise InputError(f"policy: early_tokens: {self.early_tokens!r} is not allowed; give 1 to 4096")
-        most = self.max_cloud_prompt_chars
-        if not isinstance(most, int) or most < 0:
-            raise InputError(f"policy: max_cloud_prompt_chars: {most!r} is not allowed; give 0 or more")
-        screen = Screen(tuple(self.private_kinds), self.private_patterns, most, self.local_only)
+            check_number(f"policy: {name}", getattr(self, name), 0.0, 1.0)
+        check_integer("policy: early_tokens", self.early_tokens, 1, 4096)
+        check_integer("policy: max_cloud_prompt_chars", self.max_cloud_prompt_chars, 0)
+        check_texts("policy: private_patterns", self.private_patterns, "a mapping of names to patterns")
+        languages = self.local_languages
+        if not isinstance(languages, (set, frozenset)) or not all(isinstance(x, str) for x in languages):
+            refuse("policy: local_languages", languages, "a set of language codes")
+        kinds: object = self.private_kinds
+        if isinstance(kinds, str) or not isinstance(kinds, (Sequence, AnySet)):
+            refuse("policy: private_kinds", kinds, "names of kinds of private data")
+        screen = Screen(
+            tuple(self.private_kinds), self.private_patterns, self.max_cloud_prompt_chars, self.local_only
+        )
         object.__setattr__(self, "screen", screen)
 
 
 def check_mode(mode: str) -> Mode:
     """`mode`, if it is one. Raises InputError."""
     for known in MODES:
-        if mode == known:
+        if isinstance(mode, str) and mode == known:
             return known
-    raise InputError(f"mode: {mode!r} is not allowed; choose one of {', '.join(MODES)}")
+    refuse("mode", mode, f"one of {', '.join(MODES)}")

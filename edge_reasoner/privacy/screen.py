@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NewType
 
-from edge_reasoner.errors import InputError, PrivacyVetoError
+from edge_reasoner.errors import InputError, PrivacyVetoError, one_line, shown
 from edge_reasoner.privacy.fold import views
 from edge_reasoner.privacy.kinds import KINDS
 
@@ -43,16 +43,15 @@ class Screen:
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
-            if kind not in KINDS:
-                raise InputError(
-                    f"policy: private_kinds: {kind!r} is not known; there are {', '.join(KINDS)}"
-                )
+            if not isinstance(kind, str) or kind not in KINDS:
+                known = ", ".join(KINDS)
+                raise InputError(f"policy: private_kinds: {shown(kind)} is not known; there are {known}")
         compiled = []
         for name, pattern in self.patterns.items():
             try:
                 compiled.append((name, re.compile(pattern)))
-            except (re.error, TypeError) as error:
-                raise InputError(f"policy: private pattern {name!r}: {error}") from error
+            except (re.error, TypeError, OverflowError, RecursionError) as error:
+                raise InputError(f"policy: private pattern {shown(name)}: {one_line(error)}") from error
         object.__setattr__(self, "_compiled", tuple(compiled))
 
     def reasons(self, request: Mapping[str, Any]) -> tuple[str, ...]:

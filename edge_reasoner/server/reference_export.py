@@ -46,6 +46,8 @@ def reference_bundle(
         raise InputError(
             f"{model}: no such bundle (a directory or a .tar), .gguf file or Hugging Face directory"
         )
+    if not (is_file(path) or path.is_dir()):
+        raise InputError(f"{model}: neither a file nor a directory")
     if cache_dir is None:
         raise InputError(
             f"{model}: no cache folder to export it into; set EDGE_REASONER_CACHE, or give a bundle directory"

@@ -5,7 +5,6 @@ Needs no torch, so that a command line can name what is allowed at once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,6 +24,7 @@ MAX_CONTEXT_TOKENS: Final = 1 << 24
 MAX_THREADS: Final = 1024
 MAX_VERSION: Final = 1 << 31
 _MAX_TEXT: Final = 200
+_MAX_NUMBER: Final = 1e300
 _SHOWN: Final = 80
 
 
@@ -93,7 +93,7 @@ def _count(least: int, most: int) -> Check:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MAX_NUMBER
 
 
 def _positive(value: Any) -> str | None:

@@ -28,7 +28,7 @@ from edge_export.stages.values import ExportReport, Job, Packed, Planned, Run
 from edge_export.stages.verify import verify
 from edge_export.storage.stage_cache import StageCache
 from edge_reasoner.contract.profile import DeviceProfile, load_profile
-from edge_reasoner.errors import EdgeReasonerError, InputError
+from edge_reasoner.errors import EdgeReasonerError, InputError, shown
 
 #: Each takes the value of the one before it. All components of a bundle go through a stage before any goes on
 #: to the next, so that nothing is computed for one while another cannot be used at all.
@@ -55,9 +55,13 @@ def export(
     input that cannot be used, TargetError, VerificationError or CheckFailedError for checks that failed.
     """
     started = time.monotonic()
+    if options is not None and not isinstance(options, ExportOptions):
+        raise InputError(f"options={shown(options)} is not allowed; give ExportOptions")
+    if not callable(progress):
+        raise InputError(f"progress={shown(progress)} is not allowed; give a function")
     options, out = options or ExportOptions(), _as_path("out", out)
     if not isinstance(model, (str, Path)):
-        raise InputError(f"model={model!r} is not allowed; give a path or a hub id")
+        raise InputError(f"model={shown(model)} is not allowed; give a path or a hub id")
     board = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
     if not options.dry_run:
         check_destination(out)
@@ -95,7 +99,7 @@ def _export(
 
 def _as_path(name: str, value: object) -> Path:
     if not isinstance(value, (str, Path)):
-        raise InputError(f"{name}={value!r} is not allowed; give a folder's path")
+        raise InputError(f"{name}={shown(value)} is not allowed; give a folder's path")
     return Path(value)
 
 

@@ -26,7 +26,7 @@ from edge_reasoner.contract.bundle.manifest import (
 )
 from edge_reasoner.contract.bundle.open import SIGNATURE_NAME, Bundle, open_bundle
 from edge_reasoner.errors import BundleError
-from edge_reasoner.files import marked, remove_abandoned, write_atomically
+from edge_reasoner.files import marked, open_given, remove_abandoned, write_atomically
 
 #: how folders begin that an interrupted unpacking may leave behind
 STAGING_PREFIX = ".edge-reasoner-unpack-"
@@ -114,7 +114,7 @@ class _BoundedReader:
 def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     """The archive, uncompressed only; every way in which tarfile fails becomes one BundleError."""
     try:
-        with path.open("rb") as file:
+        with open_given(path, error=BundleError, regular=True) as file:
             for magic, name in _COMPRESSED:
                 if file.peek(8).startswith(magic):
                     raise BundleError(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from edge_reasoner.contract.profile.schema import DeviceProfile, allowed_values
-from edge_reasoner.errors import ProfileError, one_line
+from edge_reasoner.errors import ProfileError, one_line, shown
 from edge_reasoner.files import decode_text, read_bytes
 
 #: A profile file larger than this is refused before it is parsed.
@@ -47,7 +47,9 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
     Raises ProfileError: unknown name (with the nearest names), unreadable file, malformed profile.
     """
     if not isinstance(name_or_path, (str, Path)):
-        raise ProfileError(f"profile={name_or_path!r} is not allowed; give a board's name or a .toml's path")
+        raise ProfileError(
+            f"profile={shown(name_or_path)} is not allowed; give a board's name or a .toml's path"
+        )
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or "/" in text or "\\" in text or text.endswith(".toml"):
         return parse_profile(read_bytes(Path(text), MAX_PROFILE_BYTES, error=ProfileError), text)

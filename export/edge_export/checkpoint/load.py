@@ -166,6 +166,8 @@ def find_model(path: Path) -> Path:
         raise CheckpointError(f"{path}: the directory holds {found}")
     if path.suffix == ".safetensors":
         return _directory_of(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: neither a file nor a directory")
     return path
 
 

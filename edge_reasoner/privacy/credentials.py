@@ -90,11 +90,27 @@ _WEAK_HINTS = tuple(
 #: what stands between a name and its value
 _QUOTES = r"[\\\"'` *_\])]{0,6}"
 _BETWEEN = (
-    rf"{_QUOTES}[ \t]{{0,3}}(?P<by>=>|:=|==?|:(?!//)|\bis\b|\bwas\b|\bist\b|\blautet\b|\best\b|\bes\b"
-    r"|\bè\b|\bé\b|\bto\b|\bby\b|\(|是|为|為|は|이|는|->|=|>|,|\|)[ \t*_]{0,4}(?:\n[ \t]{0,8})?"
+    rf"{_QUOTES}[ \t]{{0,3}}(?P<by>=>|:=|==?|:(?!//)|\b(?:is|was|ist|lautet|est|es|è|é)\b"
+    r"(?:[ \t]{0,2}:)?|\bto\b|\bby\b|\(|是:?|为:?|為:?|は|이|는|->|=|>|,|\|)[ \t*_]{0,4}(?:\n[ \t]{0,8})?"
 )
 _VALUE = r"(?P<quote>[\\]{0,3}[\"'`])?(?P<value>[^\s\"'`]{1,200})(?P<after>[^\n]{0,24})"
 _STRONG_RULE = re.compile(folded(rf"(?:{_STRONG})s?{_BETWEEN}{_VALUE}"), re.IGNORECASE)
+#: what the password is for may stand between: what follows must then look like one
+_OWNED = r"[ \t](?:for|of|to|on|at|für|von|zu[mr]?|pour|de|du|del|para|от|для|к)[ \t][^\n.:=?!]{1,40}?"
+_OWNED_RULE = re.compile(
+    folded(
+        rf"(?:{_STRONG}){_OWNED}[ \t]{{0,2}}(?:=|:|\b(?:is|ist|lautet|est|es)\b:?)[ \t]{{0,3}}[\"'`]?"
+        r"(?P<value>[!-~]{4,64})"
+    ),
+    re.IGNORECASE,
+)
+#: a password right after its name; letters of other scripts need no space between
+_BARE_RULE = re.compile(
+    folded(
+        rf"(?P<name>{_STRONG}|(?<![A-Za-z])(?:pwd|pw))(?P<gap>[ \t]{{0,2}})[\"'`(]?(?P<value>[!-~]{{5,64}})"
+    ),
+    re.IGNORECASE,
+)
 _WEAK_RULE = re.compile(
     folded(rf"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))(?i:(?:(?P<short>{_SHORT})|{_WEAK}){_BETWEEN}{_VALUE})")
 )
@@ -152,6 +168,8 @@ def has_password(text: str) -> bool:
     """Whether a folded text holds a password or a key after its name, or within a URL."""
     if _mentions(text, _STRONG_HINTS) and any(_is_strong(match) for match in _STRONG_RULE.finditer(text)):
         return True
+    if _mentions(text, (*_STRONG_HINTS, "pw")) and _has_bare_password(text):
+        return True
     if _mentions(text, _WEAK_HINTS) and any(_is_weak(match) for match in _WEAK_RULE.finditer(text)):
         return True
     if "://" in text and any(_is_value(match["value"]) for match in _IN_URL.finditer(text)):
@@ -167,6 +185,20 @@ def has_password(text: str) -> bool:
     return _mentions(text, ("identified by",)) and any(
         _is_value(match["value"]) for match in _IDENTIFIED.finditer(text)
     )
+
+
+def _has_bare_password(text: str) -> bool:
+    if any(_is_value(match["value"]) and _is_random(match["value"]) for match in _OWNED_RULE.finditer(text)):
+        return True
+    for match in _BARE_RULE.finditer(text):
+        value = match["value"].rstrip(_TRAILING)
+        if not match["gap"] and match["name"].isascii():
+            continue
+        if len(value) < 5 or not _is_value(value) or _STANDARD.fullmatch(value):
+            continue
+        if _is_random(value) or (not match["name"].isascii() and value.isdecimal()):
+            return True
+    return False
 
 
 def _mentions(text: str, hints: tuple[str, ...]) -> bool:
@@ -185,6 +217,9 @@ def _is_strong(match: re.Match[str]) -> bool:
     if by in ("(", ",", "|", "to", "by", "->"):
         # lists, tables and calls hold other things as well
         return _is_mixed(value)
+    if not match["quote"] and by == "=" and (match["after"].startswith(" =") or _NAME.fullmatch(value)):
+        # code that hands it on
+        return False
     if match["quote"] or by in ("=", ":=", "=>"):
         return len(value) >= 3
     if _is_mixed(value) and len(value) >= 3:
@@ -202,14 +237,24 @@ def _is_weak(match: re.Match[str]) -> bool:
         return False
     if match["short"]:
         return _is_mixed(value) and len(value) >= 4
-    if by in _SENTENCE_WORDS and not _is_random(value):
+    if by.rstrip(" :") in _SENTENCE_WORDS and not _is_random(value):
         return False
-    return len(value) >= 8 and (_is_random(value) or (bool(match["quote"]) and _is_mixed(value)))
+    # SECRET=…, as environments have it
+    name = match[0][: match.start("by") - match.start()]
+    is_variable = by == "=" and name.isupper() and not name[-1].isspace()
+    if match["quote"] or is_variable:
+        return len(value) >= 6 and (
+            _is_random(value) or _is_mixed(value) or (is_variable and len(value) >= 8)
+        )
+    return len(value) >= 8 and _is_random(value)
 
 
 def _value(match: re.Match[str]) -> str:
     """The value without what ends it: up to its quote, a tag or the sentence's end."""
     value, quote = match["value"], match["quote"]
+    if quote and value[0] in ",;:)]}":
+        # the quote ends the name's own text: `'password: ', …`
+        return ""
     if quote:
         # a phrase in quotes is one value
         value = re.split(r"[\\\"'`\n]", value + match["after"], maxsplit=1)[0]
@@ -232,6 +277,15 @@ def _is_value(value: str) -> bool:
 def _is_mixed(value: str) -> bool:
     """Whether a value has a digit, or a sign among its letters, as words do not."""
     return any(c.isdigit() for c in value) or any(not c.isalnum() and c not in "-'’./" for c in value)
+
+
+_NAME = re.compile(r"[A-Za-z]+_[A-Za-z_]+")
+#: names of methods that look drawn at random
+_STANDARD = re.compile(
+    r"(?:sha|md|aes|rsa|utf|base|ed|argon|oauth|pbkdf|x|hs|rs|es|ntlm|http|tls|ssl|win|windows|php|python|web|top|ipv)"
+    r"-?v?[0-9][0-9a-z./_-]{0,12}|[0-9]+[a-z]{1,6}|[0-9]+-[a-z]+(?:-[a-z]+)*",
+    re.IGNORECASE,
+)
 
 
 def _is_random(value: str) -> bool:

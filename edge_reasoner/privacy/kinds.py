@@ -17,6 +17,7 @@ _AT = r" {0,2}[\[({<] {0,2}(?:at|@|arroba) {0,2}[\])}>] {0,2}"
 _BRACKETED_AT = re.compile(r"[\[({<] {0,2}(?:at|@|arroba)")
 _DOT = r"(?: {0,2}[\[({<] {0,2}(?:dot|punkt|point|\.) {0,2}[\])}>] {0,2}| dot |\.)"
 _SPELLED_MAIL = re.compile(
+    r"\w(?: @ ?|@ )\w[\w-]{0,62}(?:\.[\w-]{1,63}){0,3}\.(?:com|org|net|edu|de|fr|uk|eu|cn|ru|nl|es|it)\b|"
     rf"\w{_AT}\w[\w-]{{0,62}}(?:{_DOT}\w[\w-]{{0,62}}){{1,4}}"
     r"|\w at \w[\w-]{0,62}(?: dot \w[\w-]{0,62}){0,3} dot "
     r"(?:com|org|net|edu|io|de|fr|uk|eu|info|cn|ru|nl|es|it|ch|at)\b",
@@ -29,7 +30,7 @@ def has_mail_address(text: str) -> bool:
     if "@" in text and _MAIL.search(text):
         return True
     lowered = text.lower()
-    spelled = _BRACKETED_AT.search(lowered) or (" at " in lowered and " dot " in lowered)
+    spelled = "@" in text or _BRACKETED_AT.search(lowered) or (" at " in lowered and " dot " in lowered)
     return bool(spelled) and _SPELLED_MAIL.search(text) is not None
 
 

@@ -40,7 +40,7 @@ def has_card(text: str) -> bool:
     if not _MANY_DIGITS.search(text):
         return False
     text = is_spaced_apart(text)
-    return any(_card_in(text, run) for run in _runs(text))
+    return _NAMED_CARD.search(text) is not None or any(_card_in(text, run) for run in _runs(text))
 
 
 def has_iban(text: str) -> bool:
@@ -51,7 +51,7 @@ def has_iban(text: str) -> bool:
         digits = sum(map(str.isdigit, whole))
         if checksums.is_iban(whole) and 2 * digits > len(whole):
             return True
-    return False
+    return _NAMED_IBAN.search(text) is not None
 
 
 def has_national_id(text: str) -> bool:
@@ -151,6 +151,20 @@ _IBAN = re.compile(
     r"(?:(?<![0-9A-Za-z])|(?<=iban))(?=([A-Z]{2}[ .-]?[0-9][ .-]?[0-9](?:[ .\n-]{0,2}[0-9A-Z]){11,30}))",
     re.IGNORECASE,
 )
+#: what is called a card's or an account's number is one, whatever its check digits say
+_NAMED_CARD = re.compile(
+    folded(
+        r"(?:(?:credit|debit|bank|visa|master)[ -]?card|card (?:no|number|nr)|kreditkarte|kartennummer"
+        r"|carte bancaire|tarjeta|cartão|carta di credito|卡号|卡號|银行卡|信用卡"
+        r"|カード番号|номер карты|카드 ?번호|(?<![a-z])pan)"
+        r"[^0-9\n]{0,16}[0-9](?:[ ._-]{0,2}[0-9]){12,18}(?![0-9])"
+    ),
+    re.IGNORECASE,
+)
+_NAMED_IBAN = re.compile(
+    r"iban[^0-9a-z\n]{0,4}(?:(?:is|no|nr|ist)[^0-9a-z\n]{1,3})?[a-z]{2}[ .-]?[0-9]{2}(?:[ .-]?[0-9]){10}",
+    re.IGNORECASE,
+)
 _MONTH, _DAY = "(?:0[1-9]|1[0-2])", "(?:0[1-9]|[12][0-9]|3[01])"
 
 #: shapes that are told from other numbers without a label
@@ -193,6 +207,10 @@ _SHAPED: tuple[tuple[re.Pattern[str], _Check], ...] = (
 )
 #: numbers that are told by the words before them
 _LABELLED: tuple[tuple[re.Pattern[str], _Check], ...] = (
+    (
+        re.compile(folded(r"(?:身份证|身份證|公民身份)[^0-9\n]{0,12}([0-9]{17}[0-9Xx]|[0-9]{15})(?![0-9])")),
+        _any,
+    ),
     (_label(r"ssn|social[ -]security|社会安全"), checksums.social_security),
     (_label(r"aadhaa?r|uidai|आधार"), checksums.verhoeff),
     (_label(r"cpf"), checksums.cpf),
@@ -205,7 +223,8 @@ _LABELLED: tuple[tuple[re.Pattern[str], _Check], ...] = (
         re.compile(
             folded(
                 r"(?:passport|reisepass|passeport|pasaporte|护照|護照|パスポート|паспорт)[^0-9A-Z\n]{0,4}"
-                r"(?:(?:no|nr|number|nummer|numero|is|号码?|番号|номер)[^0-9A-Z\n]{1,4}){0,2}([A-Z]{0,2}[0-9]{6,9})(?![0-9])"
+                r"(?:(?:no|nr|number|nummer|numero|is|号码?|番号|номер)[^0-9A-Z\n]{1,4}){0,2}"
+                r"([A-Z]{0,2}[0-9]{6,9}|[0-9]{2} ?[0-9]{2} ?[0-9]{6})(?![0-9])"
             ),
             re.IGNORECASE,
         ),

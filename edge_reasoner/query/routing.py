@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
-from edge_reasoner.chat.messages import message_text
+from edge_reasoner.chat.messages import message_text, sent_message
 from edge_reasoner.chat.model import Cancellation, ChatModel, ChatRequest, ChatResult, Usage, thought_of
 from edge_reasoner.cloud.base import CloudPrice
 from edge_reasoner.engine.generate import Generation, TokenPiece
@@ -262,7 +262,9 @@ class Router:
     def _ask_cloud(self, way: _Way, cloud: ChatModel, shown: list[str]) -> Generator[Piece, None, ChatResult]:
         """Passes on the cloud's pieces, and keeps their text in `shown`. Thinking alone is a failure."""
         way.meter.begin_anew()
-        stream = cloud.submit(ChatRequest(way.request.messages, params=way.request.params))
+        # what the rules have read, and no more: whatever the cloud is, it gets no field of a caller's own
+        messages = tuple(map(sent_message, way.request.messages))
+        stream = cloud.submit(ChatRequest(messages, params=way.request.params))
         way.cancellation.follow(stream)
         try:
             for piece in stream:

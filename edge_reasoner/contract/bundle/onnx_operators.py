@@ -38,7 +38,9 @@ def _gather(call: Call) -> tuple[Value, ...]:
         return (Value(data.type, (*indices.shape, width(data))),)
     (index,) = call.constant(1, rank=0)
     if data.content is not None and not data.stored:
-        require(axis == 0 and 0 <= index < len(data.content), f"there is no size {index}")
+        require(
+            len(data.shape) == 1 and axis == 0 and 0 <= index < len(data.content), f"there is no size {index}"
+        )
         return (Value(INT64, (), content=(data.content[index],)),)
     states = call.floats(0, rank=3)
     require(axis == 1 and index in (0, -1), "only the first or the last position may be taken")
@@ -47,19 +49,21 @@ def _gather(call: Call) -> tuple[Value, ...]:
 
 def _slice(call: Call) -> tuple[Value, ...]:
     """The last positions, as many as a graph input says; the first columns; the first rows of a table."""
-    data, start, axes = call.input(0), call.input(1).content, call.constant(3)
-    stop = call.input(2).content
+    data, start, stop, axes = call.input(0), call.input(1), call.input(2), call.constant(3)
     require(data.type in FLOATS, "only floats are cut")
-    if axes == (1,) and stop == (_LAST,) and start is not None:
-        keeper = start[0]
+    require(start.shape == stop.shape == (1,), "it must be cut once")
+    if axes == (1,) and stop.content == (_LAST,) and start.content is not None:
+        keeper = start.content[0]
         require(isinstance(keeper, str) and keeper[:1] == "-" and len(data.shape) == 3, "not the last rows")
         return (Value(data.type, (data.shape[0], str(keeper)[1:], data.shape[2])),)
-    require(start == (0,) and stop is not None and len(stop) == 1, "it must start at 0")
-    bound: Dim = stop[0] if stop else 0
+    require(start.content == (0,), "it must start at 0")
+    bound: Dim = stop.content[0] if stop.content else 0
     if axes == (0,):
         require(data.stored and len(data.shape) == 2 and bound == "tokens", "not the first positions")
         return (Value(data.type, (bound, width(data))),)
-    require(axes == (-1,) and isinstance(bound, int) and 0 < bound <= width(data), "not the first columns")
+    # of what is stored the runtime would keep a copy for each cut
+    require(axes == (-1,) and not data.stored, "not the first columns of rows that were looked up")
+    require(isinstance(bound, int) and 0 < bound <= width(data), "not the first columns")
     return (Value(data.type, (*data.shape[:-1], bound)),)
 
 

@@ -28,9 +28,11 @@ from edge_reasoner.contract.bundle.protobuf import ProtobufError, keyed_fields
 from edge_reasoner.errors import BundleError
 
 #: A graph file larger than this is refused unread; one of 64 layers has about 300 kB.
-MAX_GRAPH_BYTES = 16 << 20
-#: More of one kind (nodes, initializers, …) than this are refused: no real model comes near.
-_MAX_REPEATED = 65_536
+MAX_GRAPH_BYTES = 4 << 20
+#: More nodes, initializers or values than this are refused: no real model comes near.
+_MANY = 65_536
+#: Inputs, outputs or attributes of one node; entries of a small message.
+_FEW = 16
 _MAX_RANK = 4
 _MAX_DIM = 1 << 40
 _MAX_INLINE_BYTES = 4096
@@ -147,7 +149,8 @@ class _Field:
     name: str
     #: of the bytes, the unsigned number or the four bytes of a float
     convert: Callable[[Any], Any]
-    repeated: bool = False
+    #: how often it may stand there; 1: it does not repeat
+    most: int = 1
 
 
 def _text(data: bytes) -> str:
@@ -193,11 +196,11 @@ def _bytes(number: int) -> int:
 _Schema = Mapping[int, _Field]
 _OPSET: _Schema = {_bytes(1): _Field("domain", _text_or_empty), _varint(2): _Field("version", _unchanged)}
 _NODE: _Schema = {
-    _bytes(1): _Field("inputs", _text_or_empty, True),
-    _bytes(2): _Field("outputs", _text_or_empty, True),
+    _bytes(1): _Field("inputs", _text_or_empty, _FEW),
+    _bytes(2): _Field("outputs", _text_or_empty, _FEW),
     _bytes(3): _Field("name", _text_or_empty),
     _bytes(4): _Field("op_type", _text),
-    _bytes(5): _Field("attributes", _unchanged, True),
+    _bytes(5): _Field("attributes", _unchanged, _FEW),
     _bytes(7): _Field("domain", _text_or_empty),
 }
 _ATTRIBUTE: _Schema = {
@@ -210,33 +213,33 @@ _ATTRIBUTE: _Schema = {
 #: AttributeProto.type -> the field that holds the value
 _ATTRIBUTE_TYPES: Mapping[int, str] = {1: "f", 2: "i", 3: "s"}
 _TENSOR: _Schema = {
-    _varint(1): _Field("dims", _unchanged, True),
+    _varint(1): _Field("dims", _unchanged, _FEW),
     _varint(2): _Field("type", _unchanged),
     _bytes(8): _Field("name", _text),
     _bytes(9): _Field("data", _unchanged),
-    _bytes(13): _Field("external", _unchanged, True),
+    _bytes(13): _Field("external", _unchanged, _FEW),
     _varint(14): _Field("data_location", _unchanged),
 }
 _ENTRY: _Schema = {_bytes(1): _Field("key", _ascii), _bytes(2): _Field("value", _ascii)}
 _VALUE: _Schema = {_bytes(1): _Field("name", _text), _bytes(2): _Field("type", _unchanged)}
 _TYPE: _Schema = {_bytes(1): _Field("tensor", _unchanged)}
 _TENSOR_TYPE: _Schema = {_varint(1): _Field("type", _unchanged), _bytes(2): _Field("shape", _unchanged)}
-_SHAPE: _Schema = {_bytes(1): _Field("dims", _unchanged, True)}
+_SHAPE: _Schema = {_bytes(1): _Field("dims", _unchanged, _FEW)}
 _DIM: _Schema = {_varint(1): _Field("value", _unchanged), _bytes(2): _Field("symbol", _text)}
 _GRAPH: _Schema = {
-    _bytes(1): _Field("nodes", _unchanged, True),
+    _bytes(1): _Field("nodes", _unchanged, _MANY),
     _bytes(2): _Field("name", _text),
-    _bytes(5): _Field("initializers", _unchanged, True),
-    _bytes(11): _Field("inputs", _unchanged, True),
-    _bytes(12): _Field("outputs", _unchanged, True),
-    _bytes(13): _Field("declared", _unchanged, True),
+    _bytes(5): _Field("initializers", _unchanged, _MANY),
+    _bytes(11): _Field("inputs", _unchanged, _MANY),
+    _bytes(12): _Field("outputs", _unchanged, _MANY),
+    _bytes(13): _Field("declared", _unchanged, _MANY),
 }
 _MODEL: _Schema = {
     _varint(1): _Field("ir_version", _unchanged),
     _bytes(2): _Field("producer_name", _text),
     _bytes(3): _Field("producer_version", _text),
     _bytes(7): _Field("graph", _unchanged),
-    _bytes(8): _Field("opsets", _unchanged, True),
+    _bytes(8): _Field("opsets", _unchanged, _FEW),
 }
 
 
@@ -250,10 +253,10 @@ def _decode(data: bytes, schema: _Schema, kind: str) -> dict[str, Any]:
             raise _RefusedError(f"{kind}: field {key >> 3} (wire type {key & 7}) is not one that is allowed")
         if key < last:
             raise _RefusedError(f"{kind}: field {key >> 3} is not in canonical order")
-        if field.repeated:
+        if field.most > 1:
             items = found.setdefault(field.name, [])
-            if len(items) >= _MAX_REPEATED:
-                raise _RefusedError(f"{kind}: more than {_MAX_REPEATED} {field.name}")
+            if len(items) >= field.most:
+                raise _RefusedError(f"{kind}: more than {field.most} {field.name}")
             items.append(field.convert(value))
         elif key == last:
             raise _RefusedError(f"{kind}: field {key >> 3} stands there twice")

@@ -67,6 +67,9 @@ def check_wiring(model: OnnxModel, spec: DecoderSpec | EncoderSpec) -> None:
 
 
 _ATTENTIONS = frozenset({"GroupQueryAttention", "MultiHeadAttention"})
+_PRODUCTS = frozenset({"FusedMatMul", "MatMulNBits"})
+#: outputs that a node need not have
+_UNUSED = frozenset({("SkipSimplifiedLayerNormalization", 1), ("SkipSimplifiedLayerNormalization", 2)})
 
 
 def _decoder(spec: DecoderSpec | EncoderSpec, model: OnnxModel) -> tuple[Signature, Signature]:
@@ -136,6 +139,10 @@ def _infer(model: OnnxModel, inputs: Signature) -> dict[str, Value]:
             once = source.initializer and node.inputs[0] not in converted
             require(once, f"{node.inputs[0]!r} is converted twice")
             converted.add(node.inputs[0])
+    multiplied = Counter(node.inputs[1] for node in model.nodes if node.op_type in _PRODUCTS)
+    if twice := next((name for name, count in multiplied.items() if count > 1), None):
+        # so the work for a token is bounded by the weights' size
+        raise RuleError(f"{twice!r} is multiplied with twice")
     read = {name for node in model.nodes for name in node.inputs}
     if unread := next((tensor.name for tensor in model.initializers if tensor.name not in read), None):
         raise RuleError(f"initializer {unread!r} is read by no node")
@@ -172,9 +179,11 @@ def _call(node: Node, values: Mapping[str, Value]) -> tuple[Value, ...]:
     try:
         operator.check(node)
         results = operator.rule(Call(node, tuple([values[name] if name else None for name in node.inputs])))
-        for name, result in zip(node.outputs, results, strict=True):
+        for index, (name, result) in enumerate(zip(node.outputs, results, strict=True)):
             if name:
                 check_size(result)
+            elif (node.op_type, index) not in _UNUSED:
+                raise RuleError(f"output {index} has no name")
     except KeyError as error:
         raise RuleError(f"node {_show(node)}: its input {error} is made nowhere before it") from error
     except RuleError as error:

@@ -7,8 +7,9 @@ MODELS := .cache/models
 SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 MINILM := $(MODELS)/all-MiniLM-L6-v2
 DEMO_PROFILE ?= raspberry-pi-5
+FUZZ_INPUTS ?= 50000
 
-.PHONY: help setup models demo test test-arm test-all lint format bench docs clean
+.PHONY: help setup models demo test test-arm test-all fuzz lint format bench docs clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -49,8 +50,13 @@ test-arm: demo/bundle/manifest.json  ## the runtime on emulated ARM cores (Debia
 		msgspec tokenizers click httpx jinja2 rich tomli
 	@touch $@
 
-test-all: setup models .venv-ort123/installed  ## also what takes long, and onnxruntime 1.23.2
-	EDGE_REASONER_ORT123_PYTHON=$(CURDIR)/.venv-ort123/bin/python $(BIN)/python -m pytest
+test-all: setup models .venv-ort123/installed  ## also what takes long, onnxruntime 1.23.2, and the fuzzers
+	EDGE_REASONER_ORT123_PYTHON=$(CURDIR)/.venv-ort123/bin/python $(BIN)/python -m pytest --ignore=tests/hostile/fuzz
+	$(BIN)/python -m pytest -m "not slow" tests/hostile/fuzz
+	$(MAKE) fuzz
+
+fuzz: setup  ## FUZZ_INPUTS damaged inputs for every fuzzer; benchmarks/results/fuzz.json tells what came of them
+	$(BIN)/python benchmarks/fuzz.py $(FUZZ_INPUTS)
 
 $(VENV)/bench: $(VENV)/installed
 	@$(PIP) -c constraints.txt -e '.[dev,bench]'

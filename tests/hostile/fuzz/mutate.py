@@ -8,20 +8,28 @@ of processor time, and all together may not grow the process by more than 1 GB.
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import resource
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from types import FrameType
 
 from edge_reasoner.errors import EdgeReasonerError
 
 MAX_CPU_S = 5.0
 MAX_GROWTH_BYTES = 1 << 30
-#: mutations of a corpus in `make test`, and in `make test-all`
-FEW, MANY = 300, 20_000
+#: how many inputs the long run feeds to each fuzzer, and a file that gets a line of JSON about each
+INPUTS_VARIABLE, ROWS_VARIABLE = "EDGE_REASONER_FUZZ_INPUTS", "EDGE_REASONER_FUZZ_ROWS"
+#: mutations of a corpus in `make test`, and in the long run (`make fuzz`, a part of `make test-all`)
+FEW, MANY = 300, int(os.environ.get(INPUTS_VARIABLE, "50000"))
+#: a recorded run goes on after a finding, to count them
+_MOST_FINDINGS = 20
 
 #: what counts and lengths are set to: edges of every width, and small numbers
 _NUMBERS = (
@@ -68,18 +76,71 @@ def check(
     """
     for whole in seeds:
         target(whole)
-    before_bytes = _peak_bytes()
     if damaged is None:
         damaged = mutations(seeds, count, seed=seed, words=words)
-    for number, data in enumerate(islice(damaged, count)):
+    rows = os.environ.get(ROWS_VARIABLE) if count >= MANY else None
+    tally = Tally()
+    for data in islice(damaged, count):
+        tally.feed(target, data)
+        if len(tally.findings) >= (_MOST_FINDINGS if rows else 1):
+            break
+    if rows:
+        tally.record(Path(rows))
+    assert not tally.findings, tally.findings[0]
+
+
+class Tally:
+    """What became of the inputs of one fuzzer: refused by an error of ours, taken, or a finding."""
+
+    def __init__(self) -> None:
+        self.inputs = self.refused = self.crashes = self.hangs = self.grown = 0
+        self.growth_bytes = 0
+        self.findings: list[str] = []
+        self._before_bytes = _peak_bytes()
+
+    def feed(self, target: Callable[[bytes], object], data: bytes) -> None:
+        """One input."""
+        where = f"mutation {self.inputs} of {len(data)} bytes: {data[:300]!r}"
+        self.inputs += 1
         try:
             _within_time(target, data)
         except EdgeReasonerError as error:
-            assert str(error) and "\n" not in str(error), f"mutation {number}: not one line: {error!r}"
-        except BaseException as error:
-            raise AssertionError(f"mutation {number} of {len(data)} bytes: {data[:300]!r}") from error
-        growth_bytes = _peak_bytes() - before_bytes
-        assert growth_bytes < MAX_GROWTH_BYTES, f"mutation {number}: grew by {growth_bytes:,} bytes"
+            self.refused += 1
+            if not str(error) or "\n" in str(error):
+                self._crashed(f"{where}: not one line: {error!r}")
+        except TooSlowError as error:
+            self.hangs += 1
+            self.findings.append(f"{where}: {error}")
+        except BaseException as error:  # also what a panic of native code becomes
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            self._crashed(f"{where}: {''.join(traceback.format_exception(error))}")
+        growth_bytes = _peak_bytes() - self._before_bytes
+        self.growth_bytes = max(self.growth_bytes, growth_bytes)
+        if growth_bytes >= MAX_GROWTH_BYTES:
+            self.grown += 1
+            self._before_bytes += growth_bytes
+            self.findings.append(f"{where}: grew by {growth_bytes:,} bytes")
+
+    def _crashed(self, finding: str) -> None:
+        self.crashes += 1
+        self.findings.append(finding)
+
+    def record(self, rows: Path) -> None:
+        """Adds a line about this fuzzer to the file of the run."""
+        test, _, _ = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")
+        row = {
+            "fuzzer": test.rpartition("/")[2],
+            "inputs": self.inputs,
+            "refused": self.refused,
+            "crashes": self.crashes,
+            "hangs": self.hangs,
+            "grown_over_1_gb": self.grown,
+            "growth_mb": round(self.growth_bytes / 1e6, 1),
+            "findings": [finding[:2000] for finding in self.findings],
+        }
+        with rows.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 class TooSlowError(BaseException):

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import pytest
-from hostile.fuzz.mutate import FEW, check
+from hostile.fuzz.mutate import FEW, MANY, check
 from support.graph_mutations import graph_mutations
 from support.hostile_graphs import Sound
 
 from edge_reasoner.contract.bundle.graph_check import check_graph
 from edge_reasoner.contract.bundle.onnx_scan import Known
-
-MANY_GRAPHS = 50_000
 
 
 def graph_fuzzer(sound: Mapping[str, Sound]) -> Callable[[bytes], None]:
@@ -44,4 +42,4 @@ def test_few(sound):
 @pytest.mark.slow
 def test_many(sound):
     """The whole corpus."""
-    fuzz(sound, MANY_GRAPHS, 1)
+    fuzz(sound, MANY, 1)

@@ -132,7 +132,7 @@ def _effort(model: parts.Model, longest: int) -> float:
     """Steps that the model takes for a character."""
     if isinstance(model, parts.Unigram):
         _check_unigram(model)
-        return float(max(1, longest))
+        return float(max(1, longest)) ** 2  # at each character, tokens of every length are tried and copied
     if isinstance(model, parts.WordPiece):  # every piece of a word is tried, from the longest on
         return float(max(1, model.max_input_chars_per_word))
     return 1.0

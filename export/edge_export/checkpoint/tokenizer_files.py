@@ -109,13 +109,17 @@ def encode_texts(tokenizer_json: bytes, texts: Sequence[str], max_tokens: int) -
 
 
 def canonical_json(tokenizer: Tokenizer, where: str) -> bytes:
-    """The tokenizer's deterministic JSON. Raises CheckpointError when it is larger than the bound."""
+    """The tokenizer's deterministic JSON. Raises CheckpointError when the device would not open it."""
     data = str(tokenizer.to_str(pretty=False)).encode("utf-8")
     if len(data) > MAX_TOKENIZER_JSON_BYTES:
         raise CheckpointError(
             f"{where}: the tokenizer has {len(data)} bytes; at most {MAX_TOKENIZER_JSON_BYTES} are allowed"
         )
-    check_tokenizer(data, where, CheckpointError)
+    checked = check_tokenizer(data, where, CheckpointError)
+    with tokenizer_faults(where, CheckpointError):
+        again = Tokenizer.from_buffer(checked.json)
+    if again.get_vocab_size() != tokenizer.get_vocab_size():
+        raise CheckpointError(f"{where}: the token ids have gaps; the library cannot write such a vocabulary")
     return data
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 from datetime import datetime
+from pathlib import Path
 
 import pytest
-from hostile.fuzz.mutate import FEW, MANY, check
+from hostile.fuzz.mutate import FEW, check
 from support.tiny_checkpoints import TEMPLATE
 
 from edge_reasoner.contract.template.trial import try_template
+
+#: mutations in `make test-all`
+MANY = 50_000
+TEMPLATES = Path(__file__).resolve().parents[2] / "edge_reasoner" / "contract" / "template"
 
 CHATML = """{%- if tools %}{{- tools | tojson(indent=2) }}{%- endif %}
 {%- set ns = namespace(found=false, text='') -%}
@@ -44,7 +49,25 @@ WORDS = (
         b"{% set x = x %}",
         b"caller()",
     ),
+    *(b"|list", b"|sum", b"|unique", b"|groupby('role')", b"|dictsort", b"|map('upper')", b"|reverse", b"|e"),
+    *(b"|safe", b"|select('in', messages)", b"|indent(99, true)", b"|tojson(indent=9)", b"|format(a=1)"),
+    *(b".split('')", b".rfind(x)", b".join(messages)", b".items()", b".upper()", b".get('a')", b"[::-1]"),
+    *(b"{% set x = [x, x] %}", b"{% set x %}", b"{% endset %}", b"{% filter upper %}", b"{% call f() %}"),
+    *(b"%(a)999999999d", b"%.999999999f", b" is even", b" is in(x)", b" == x", b" in x", b" ~ x ~ x"),
+    *(b"loop(messages)", b"loop.changed(x)", b"recursive", b"f(*varargs)", b"f(**kwargs)", b"not ", b"-"),
 )
+
+
+def _seeds() -> list[bytes]:
+    """The templates above, those of model families, and the snippets that show the whole language."""
+    families = [path.read_bytes() for path in sorted((TEMPLATES / "templates").glob("*.jinja"))]
+    snippets = [
+        line
+        for line in (TEMPLATES / "snippets.txt").read_bytes().splitlines()
+        if b"nosuch" not in line and b"batch" not in line
+    ]
+    groups = [b"\n".join(snippets[start : start + 8]) for start in range(0, len(snippets), 8)]
+    return [TEMPLATE.encode(), CHATML.encode(), RULES.encode(), *families, *groups]
 
 
 def fuzz_template(data: bytes) -> None:
@@ -58,4 +81,4 @@ def fuzz_template(data: bytes) -> None:
 @pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 def test_fuzz(count: int) -> None:
     """Only TemplateErrors, no hang, no growth."""
-    check(fuzz_template, [TEMPLATE.encode(), CHATML.encode(), RULES.encode()], count, words=WORDS)
+    check(fuzz_template, _seeds(), count, words=WORDS)

@@ -9,17 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hostile.fuzz.mutate import FEW, MANY, check
+from hostile.fuzz.mutate import FEW, check
 from support.tiny_tokenizers import byte_level, sentencepiece
 from support.vocab_gguf import write_vocab_gguf
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from edge_export.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from edge_export.checkpoint.tokenizer import limit_vocabulary, load_tokenizer_files
 from edge_export.checkpoint.tokenizer_files import TokenizerFiles
 from edge_reasoner.contract.bundle.tokenizer_files import TokenizerConfig, parse_tokenizer_config
+from edge_reasoner.contract.bundle.tokenizer_patterns import LLAMA3
 from edge_reasoner.engine.tokens import IncrementalDecoder, TextTokenizer
 from edge_reasoner.errors import CheckpointError
 
+#: mutations in `make test-all`
+MANY = 50_000
 TEXT = "Hello, <s>größe\n你好 🙂\U000fabcd</s>"
 GOLDEN = Path(__file__).resolve().parents[2] / "edge_export" / "checkpoint" / "golden" / "sentencepiece.json"
 CONFIG = {
@@ -33,6 +37,9 @@ CONFIG = {
 WORDS = (
     *(b'"<no>"', b'"<unk>"', b'"added_tokens"', b'"unk_token"', b'"BPE"', b'"Unigram"', b'"WordPiece"'),
     *(b'"WordLevel"', b'"ByteLevel"', b'"Sequence"', b'"ByteFallback"', b'"Metaspace"', b'"Regex"'),
+    *(b'"Precompiled"', b'"Replace"', b'"Prepend"', b'"NFKD"', b'"Strip"', b'"Digits"', b'"Punctuation"'),
+    *(b'"TemplateProcessing"', b'"SpecialToken"', b'"Split"', b'"Isolated"', b'"BertNormalizer"', b'" {2,}"'),
+    *(b'"max_input_chars_per_word"', b'"continuing_subword_prefix"', b'"byte_fallback"', b'"unk_id"'),
     *(b'"(a+)+$"', b'"content"', b'"normalized"', b'"special"', b"2097152"),
 )
 
@@ -95,6 +102,35 @@ def fuzz_gguf_tokenizer(data: bytes) -> None:
         tokenizer_from_gguf(path)
 
 
+def _other_models() -> list[bytes]:
+    """An encoder's WordPiece and a Unigram model, with every kind of part around them."""
+    wordpiece = Tokenizer(
+        models.WordPiece({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "h": 3, "##e": 4}, unk_token="[UNK]")
+    )
+    wordpiece.normalizer = normalizers.BertNormalizer()
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    wordpiece.decoder = decoders.WordPiece()
+    wordpiece.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", None, [("[CLS]", 1), ("[SEP]", 2)]
+    )
+    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("e", -2.5), ("llo", -3.0)], 0, False))
+    unigram.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
+    )
+    unigram.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(True), pre_tokenizers.Metaspace()]
+    )
+    unigram.decoder = decoders.Metaspace()
+    split = byte_level()
+    split.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return [made.to_str().encode() for made in (wordpiece, unigram, split)]
+
+
 def _gguf(folder: Path) -> list[bytes]:
     letters = ["<s>", "</s>", "<unk>", "a", "b", "ab", "▁", "▁a", "<tool>"]
     types = [3, 3, 2, 1, 1, 1, 1, 1, 4]
@@ -114,9 +150,9 @@ def _seeds(folder: Path) -> dict[Callable[[bytes], None], list[bytes]]:
     configs = [b'{"add_bos":true,"bos_token":"<s>"}', b"{}"]
     model = base64.b64decode(json.loads(GOLDEN.read_text(encoding="ascii"))["model_base64"])
     return {
-        fuzz_tokenizer: plain,
+        fuzz_tokenizer: [*plain, *_other_models()],
         fuzz_tokenizer_config: configs,
-        fuzz_exported_tokenizer: [*plain, json.dumps(with_added).encode()],
+        fuzz_exported_tokenizer: [*plain, *_other_models(), json.dumps(with_added).encode()],
         fuzz_side_files: [json.dumps(CONFIG).encode(), b'{"<s>": 0}'],
         fuzz_sentencepiece: [model],
         fuzz_gguf_tokenizer: _gguf(folder),

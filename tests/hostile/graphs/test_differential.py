@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 import pytest
 from support.graph_mutations import graph_mutations
+from support.graph_runtimes import pythons, runtime_agrees
 from support.hostile_graphs import Sound
 
 from edge_reasoner.contract.bundle.graph_check import check_graph
-from edge_reasoner.contract.bundle.onnx_scan import (
-    FLOAT,
-    FLOAT16,
-    INT32,
-    INT64,
-    Declared,
-    OnnxModel,
-    scan_graph,
-)
+from edge_reasoner.contract.bundle.onnx_scan import Declared, OnnxModel, scan_graph
 from edge_reasoner.errors import BundleError
-
-CHILD = Path(__file__).resolve().parents[2] / "support" / "run_graphs.py"
-OLD_PYTHON = "EDGE_REASONER_ORT123_PYTHON"
-_RUNTIME_TYPES = {
-    FLOAT: "tensor(float)",
-    FLOAT16: "tensor(float16)",
-    INT32: "tensor(int32)",
-    INT64: "tensor(int64)",
-}
 
 
 def value_of(attribute: onnx.AttributeProto) -> object:
@@ -114,45 +94,6 @@ def accepted_of(sound: Mapping[str, Sound], count: int, folder: Path) -> dict[st
             accepted[str(path)] = model
     assert read > len(accepted) > count // 100  # or nothing has been shown
     return accepted
-
-
-def runtime_agrees(python: str, accepted: Mapping[str, OnnxModel]) -> None:
-    """It loads and runs each, or refuses it in words; it does not die, and sees our inputs and outputs."""
-    done = subprocess.run(
-        [python, str(CHILD)],
-        input="".join(f"{path}\n" for path in accepted),
-        capture_output=True,
-        text=True,
-        timeout=60 + len(accepted),
-        check=False,
-    )
-    seen = [json.loads(line) for line in done.stdout.splitlines()]
-    dead = list(accepted)[len(seen)] if len(seen) < len(accepted) else None
-    assert (done.returncode, dead) == (0, None), done.stderr[-500:]
-    loaded = 0
-    for outcome in seen:
-        if not outcome["inputs"]:
-            assert outcome["error"]
-            continue
-        loaded += 1
-        model = accepted[outcome["path"]]
-        for found, ours in ((outcome["inputs"], model.inputs), (outcome["outputs"], model.outputs)):
-            assert [tuple(value) for value in map(freeze, found)] == [
-                (value.name, _RUNTIME_TYPES[value.type], value.shape) for value in ours
-            ]
-    assert loaded > len(accepted) // 2
-
-
-def freeze(value: list) -> tuple:
-    """A value's name, type and shape out of JSON."""
-    name, kind, shape = value
-    return name, kind, tuple(shape)
-
-
-def pythons() -> list[str]:
-    """The newest runtime, which is this process's, and the oldest supported where there is one."""
-    old = os.environ.get(OLD_PYTHON)
-    return [sys.executable, *([old] if old else [])]
 
 
 def test_some_graphs(sound, tmp_path):

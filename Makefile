@@ -53,7 +53,7 @@ test-arm: demo/bundle/manifest.json  ## the runtime on emulated ARM cores (Debia
 test-all: setup models .venv-ort123/installed  ## also what takes long, onnxruntime 1.23.2, and the fuzzers
 	EDGE_REASONER_ORT123_PYTHON=$(CURDIR)/.venv-ort123/bin/python $(BIN)/python -m pytest --ignore=tests/hostile/fuzz
 	$(BIN)/python -m pytest -m "not slow" tests/hostile/fuzz
-	$(MAKE) fuzz
+	EDGE_REASONER_ORT123_PYTHON=$(CURDIR)/.venv-ort123/bin/python $(MAKE) fuzz
 
 fuzz: setup  ## FUZZ_INPUTS damaged inputs for every fuzzer; benchmarks/results/fuzz.json tells what came of them
 	$(BIN)/python benchmarks/fuzz.py $(FUZZ_INPUTS)

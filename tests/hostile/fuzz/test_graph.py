@@ -13,7 +13,7 @@ from support.graph_runtimes import pythons, runtime_agrees
 from support.hostile_graphs import Sound
 
 from edge_reasoner.contract.bundle.graph_check import check_graph
-from edge_reasoner.contract.bundle.onnx_scan import Known, OnnxModel, scan_graph
+from edge_reasoner.contract.bundle.onnx_scan import Known
 
 
 def graph_fuzzer(
@@ -36,12 +36,12 @@ def graph_fuzzer(
 
 def fuzz(sound: Mapping[str, Sound], count: int, seed: int, folder: Path) -> None:
     """The seeds and `count` mutations of them; then every runtime runs those that pass."""
-    accepted: dict[str, OnnxModel] = {}
+    accepted: list[str] = []
 
     def keep(base: str, data: bytes) -> None:
         path = folder / base / f"{len(accepted)}.onnx"
         path.write_bytes(data)
-        accepted[str(path)] = scan_graph(data, path.name)
+        accepted.append(str(path))
 
     for name, graph in sound.items():
         (folder / name).mkdir()

@@ -22,7 +22,10 @@ _RUNTIME_TYPES = {
 
 
 def runtime_agrees(python: str, accepted: Sequence[str]) -> None:
-    """Graph files that the check lets pass: it loads and runs each, or refuses it in words; it does not die, and sees our inputs and outputs."""
+    """Of graph files that the check lets pass: it loads and runs each, or refuses it in words.
+
+    It does not die, and sees our inputs and outputs.
+    """
     done = subprocess.run(
         [python, str(CHILD)],
         input="".join(f"{path}\n" for path in accepted),

@@ -145,6 +145,7 @@ class AnswerUnderWay:
         """What of a text was not said before: a message may say it all again."""
         if part.is_message and before and said:
             so_far = "".join(before)
+            before[:] = [so_far]
             if said.startswith(so_far):
                 said = said[len(so_far) :]
             elif not self._only_messages:

@@ -6,7 +6,9 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
-from edge_reasoner.errors import CloudProtocolError
+from edge_reasoner.errors import CloudProtocolError, CloudUnavailableError
+
+_POLL_S = 0.05
 
 
 class Line:
@@ -71,6 +73,19 @@ class Line:
             yield
         finally:
             self._end_s = before_s
+
+    @contextlib.contextmanager
+    def locked(self, lock: threading.Lock) -> Iterator[None]:
+        """Holds a lock that another request may hold, which may have more time than this one.
+
+        Raises CloudUnavailableError once it is over."""
+        while not lock.acquire(timeout=_POLL_S):
+            if self.over:
+                raise CloudUnavailableError("another request did not come to an end in time")
+        try:
+            yield
+        finally:
+            lock.release()
 
     def allow(self, count: int) -> None:
         """From here on so many bytes may come."""

@@ -35,7 +35,6 @@ from edge_reasoner.privacy.screen import ScreenedBody
 
 _MAX_MODEL_LIST_BYTES = 16 * 1024 * 1024
 _MAX_FAULT_BYTES = 64 * 1024
-_POLL_S = 0.1
 _NAME_A_MODEL = "name the model with cloud_model (--cloud-model)"
 _NO_TEXT_KINDS = ("text/html", "image/", "audio/", "video/")
 
@@ -244,16 +243,10 @@ class OpenAIModel:
     def _model_name(self, line: Line) -> str:
         if self._options.model is not None:
             return self._options.model
-        while not self._list_lock.acquire(timeout=_POLL_S):
-            # another request asks, and has more time than this one
-            if line.over:
-                raise CloudUnavailableError(f"{self._url}/models: no answer in time")
-        try:
+        with line.locked(self._list_lock):
             if self._listed is None:
                 self._listed = self._first_model(line)
             return self._listed.id
-        finally:
-            self._list_lock.release()
 
     def _first_model(self, line: Line) -> ListedModel:
         attempt = 0

@@ -124,7 +124,7 @@ class Transport:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock, self._making = threading.Lock(), threading.Lock()
         self._lines = set[Line]()
         self._backend = TimedBackend(Resolver(self._resolve, self._limits.read_s))
         self._pool: httpcore.ConnectionPool | None = None
@@ -211,13 +211,15 @@ class Transport:
 
     def _connected(self, line: Line) -> httpcore.ConnectionPool:
         self._leave_parents_connections()
-        with self._lock:
-            if self._closed:
-                raise CloudUnavailableError(f"{self.url}: the client is closed")
-            if self._pool is None:
-                self._pool = self._make_pool()
-            self._lines.add(line)
-            return self._pool
+        # files of certificates may lie on a disk that hangs
+        with line.locked(self._making):
+            pool = self._pool or self._make_pool()
+            with self._lock:
+                if self._closed:
+                    raise CloudUnavailableError(f"{self.url}: the client is closed")
+                self._pool = pool
+                self._lines.add(line)
+                return pool
 
     def _make_pool(self) -> httpcore.ConnectionPool:
         """Raises CloudUnavailableError for a key, a proxy or certificates that cannot be used."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -31,17 +32,20 @@ from edge_reasoner.chat.model import ChatRequest
 from edge_reasoner.cloud.base import CloudLimits, CloudOptions
 from edge_reasoner.cloud.openai_protocol import OpenAIModel
 from edge_reasoner.errors import CloudError, CloudUnavailableError
+from edge_reasoner.privacy.screen import Screen
 
 SHORT = ChatRequest(({"role": "user", "content": "hi"},))
 #: longer than what sockets on loopback buffer
-LONG = ChatRequest(({"role": "user", "content": "long " * 3_000_000},))
+LONG = ChatRequest(({"role": "user", "content": "long " * 1_600_000},))
+
+_ROOMY = Screen(kinds=(), max_chars=10_000_000)
 
 
 @contextlib.contextmanager
 def _client(
     url: str, limits: CloudLimits = DRIPPED, model: str | None = "m", **parts
 ) -> Iterator[OpenAIModel]:
-    made = OpenAIModel(CloudOptions(url, model, limits=limits), **parts)
+    made = OpenAIModel(CloudOptions(url, model, limits=limits, screen=_ROOMY), **parts)
     try:
         yield made
     finally:
@@ -217,6 +221,22 @@ def test_names_that_are_none(host: str) -> None:
 
         with contextlib.suppress(InputError), _client(f"http://{host}/v1", IMPATIENT) as client:
             client.submit(SHORT).result()
+
+
+def test_a_disk_that_hangs(tmp_path, monkeypatch) -> None:
+    """Certificates are read by one request; others wait for it as long as they have time."""
+    pipe = tmp_path / "log"
+    os.mkfifo(pipe)
+    # the TLS library opens this by itself, and waits for a reader
+    monkeypatch.setenv("SSLKEYLOGFILE", str(pipe))
+    with _client("https://127.0.0.1:9/v1") as client:
+        for _ in range(4):
+            with pytest.raises(CloudUnavailableError):
+                client.submit(SHORT).result()
+        assert settled(lambda: len(client_threads()) <= 1)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        assert settled(lambda: not client_threads())
+        os.close(reader)
 
 
 def test_an_answer_that_is_complete_outlives_the_deadline() -> None:

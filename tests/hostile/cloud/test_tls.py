@@ -28,7 +28,8 @@ from edge_reasoner.cloud.base import CloudLimits, CloudOptions
 from edge_reasoner.cloud.openai_protocol import OpenAIModel
 from edge_reasoner.errors import CloudUnavailableError
 
-REQUEST = ChatRequest(({"role": "user", "content": "hi " * 300_000},))
+REQUEST = ChatRequest(({"role": "user", "content": "hi " * 120_000},))
+SHORT = ChatRequest(({"role": "user", "content": "hi"},))
 TRUSTED = {"SSL_CERT_FILE": str(AUTHORITY), "OPENAI_API_KEY": "sk-not-a-real-key"}
 LIMITS = CloudLimits(connect_s=20, read_s=20, total_s=60, attempts=1)
 KEPT = GOOD.replace(b"Connection: close", b"Content-Length: %d" % (len(GOOD) - len(HEAD)))
@@ -179,5 +180,5 @@ def test_certificates_that_cannot_be_read(kind: str, tmp_path) -> None:
         path.write_bytes(AUTHORITY.read_bytes()[:300])
     with _client("https://127.0.0.1:9/v1", DRIPPED, SSL_CERT_FILE=str(path)) as client:
         with pytest.raises(CloudUnavailableError, match="SSL_CERT_FILE"):
-            client.submit(REQUEST).result()
+            client.submit(SHORT).result()
         assert settled(lambda: not client_threads())

@@ -53,6 +53,7 @@ _OTHERS = {
 #: what is looked at to tell UTF-16 without a byte order mark from UTF-8
 _HEAD_BYTES = 512
 _BOM = "\ufeff"
+_NEW_MODE = 0o644
 #: something empty and younger may have been made this instant, and not yet be held
 _YOUNG_S = 3600.0
 #: what `tempfile` puts between prefix and suffix
@@ -68,17 +69,17 @@ _MARKS = (
 ErrorType = type[EdgeReasonerError]
 
 
-def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
+def write_atomically(path: Path, data: bytes | Iterable[bytes], *, follow: bool = True) -> None:
     """Makes or replaces the file in one step: a reader, or a power cut, meets the old one or the new one.
 
     The parts of `data` go to a temporary file in the same folder (which must exist), are synced to the disk
     and renamed. On any failure the temporary file is removed and `path` is as it was; one that a killed
     process left for the same `path` is removed too. A symlink stays one:
-    what it points to is written. What is no file (`/dev/null`, a pipe) is written to, never replaced.
-    Raises OSError.
+    what it points to is written. What is no file (`/dev/null`, a pipe) is written to, never replaced. Without
+    `follow`, meant for files that only this program writes, either is replaced. Raises OSError.
     """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    path = Path(os.path.realpath(path)) if follow else path
+    if follow and path.exists() and not (path.is_file() or path.is_dir()):
         with path.open("wb") as device:
             device.writelines((data,) if isinstance(data, bytes) else data)
         return
@@ -92,11 +93,50 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
                 file.writelines((data,) if isinstance(data, bytes) else data)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.chmod(_mode_of(path))
+            temporary.chmod(_mode_of(path) if follow else _NEW_MODE)
             temporary.replace(path)
+        sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts the names in a folder on the disk, so that a rename outlives a power cut; where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_any(path: Path) -> None:
+    """Removes a folder with all in it, a file or a link; what cannot be removed stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def is_own(status: os.stat_result) -> bool:
+    """Whether a regular file of a cache was written by this user or the system, and by nobody else."""
+    owners = (0, os.geteuid()) if hasattr(os, "geteuid") else (status.st_uid,)
+    ours = status.st_uid in owners and not (status.st_mode & stat.S_IWOTH and os.name == "posix")
+    return stat.S_ISREG(status.st_mode) and ours
+
+
+def read_own(path: Path, limit_bytes: int) -> bytes | None:
+    """A file of a cache, as `is_own` says; None where there is none, it is a link or larger than allowed."""
+    try:
+        with open(path, "rb", opener=_open_plainly) as file:
+            if not is_own(os.fstat(file.fileno())):
+                return None
+            data = file.read(limit_bytes + 1)
+    except (OSError, ValueError):
+        return None
+    return data if len(data) <= limit_bytes else None
 
 
 @contextmanager
@@ -414,7 +454,12 @@ def _mode_of(path: Path) -> int:
     try:
         return stat.S_IMODE(path.stat().st_mode)
     except OSError:
-        return 0o644
+        return _NEW_MODE
+
+
+def _open_plainly(path: str, flags: int) -> int:
+    """Neither waiting nor through a link."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
 
 
 def _refuse_constant(name: str) -> NoReturn:

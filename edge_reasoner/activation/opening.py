@@ -39,30 +39,27 @@ def open_bundle_at(
 ) -> Bundle:
     """`open_bundle` for a directory, and for a bundle as one `.tar` file.
 
-    The archive is unpacked to `cache_dir/bundles/<bundle_id>`; without a cache, or with one that cannot be
-    written, to a temporary folder that is removed when the process ends. It is verified in full either way.
-    Raises BundleError.
+    The archive is unpacked to `cache_dir/bundles/<bundle_id>`, or found there; without a cache, or with one
+    that cannot be written, to a temporary folder that is removed when the process ends. It is verified in
+    full either way, and what is not sound in the cache is replaced. Raises BundleError.
     """
     if not is_file(Path(path)):
         return open_bundle(path, verify, progress=progress)
     # tarfile is not imported by a process that opens a directory
-    from edge_reasoner.contract.bundle.tar import unpack_bundle
+    from edge_reasoner.contract.bundle.tar import UnpackError, unpack_bundle
 
-    if cache_dir is None or not _writable(cache_dir / "bundles"):
-        return open_bundle(unpack_bundle(path, _temporary_folder()), "sizes")
-    folder = unpack_bundle(path, cache_dir)
-    with contextlib.suppress(OSError):
-        os.utime(folder, (now(), now()))
-    _evict(folder, max_unpacked_bytes, now())
-    return open_bundle(folder, "sizes")
-
-
-def _writable(folder: Path) -> bool:
+    if cache_dir is None:
+        return unpack_bundle(path, _temporary_folder())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError):
-        return False
-    return os.access(folder, os.W_OK | os.X_OK)
+        bundle = unpack_bundle(path, cache_dir)
+    except UnpackError as error:
+        if error.full:  # a temporary folder is often in memory
+            raise
+        return unpack_bundle(path, _temporary_folder())
+    with contextlib.suppress(OSError):
+        os.utime(bundle.root, (now(), now()))
+    _evict(bundle.root, max_unpacked_bytes, now())
+    return bundle
 
 
 def _temporary_folder() -> Path:

@@ -1,7 +1,8 @@
 """What self-tests found out, kept between runs.
 
 Without a place to keep it, or with one that cannot be read or written, everything is found out again: that
-is slower, and no error.
+is slower, and no error. A file that another user owns, or that anybody may write, counts as absent; what a
+file says is taken only if this bundle and machine could have led to it.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import platform
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
 from edge_reasoner.activation.choice import CandidateReport
 from edge_reasoner.backends.base import Backend
 from edge_reasoner.contract.bundle.manifest import Component
-from edge_reasoner.files import write_atomically
+from edge_reasoner.files import read_own, write_atomically
 from edge_reasoner.machine.isa import ImportProbe, isa_features
 from edge_reasoner.machine.state import installed_wheel
+
+T = TypeVar("T")
 
 _MAX_CACHE_BYTES = 1 << 20
 
@@ -97,12 +100,7 @@ def read_activation(path: Path | None) -> Activation | None:
     """The cached activation; None if there is none or it cannot be read."""
     if path is None:
         return None
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_CACHE_BYTES + 1)
-        return msgspec.json.decode(data, type=Activation) if len(data) <= _MAX_CACHE_BYTES else None
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
+    return _kept(path, Activation)
 
 
 def keep_activation(path: Path | None, activation: Activation) -> None:
@@ -118,10 +116,7 @@ def check_import(cache_dir: Path | None, probe_import: Callable[[], ImportProbe]
         return
     identity = f"{platform.machine()} {_cpu_model()} {sorted(isa_features())} {installed_wheel()}"
     path = cache_dir / "import" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
-    try:
-        known = msgspec.json.decode(path.read_bytes()[:_MAX_CACHE_BYTES], type=ImportProbe)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        known = None
+    known = _kept(path, ImportProbe)
     # only a good answer is believed from the cache: a bad one may have been repaired since
     if known is not None and known.safe:
         return
@@ -130,8 +125,16 @@ def check_import(cache_dir: Path | None, probe_import: Callable[[], ImportProbe]
     _keep(path, msgspec.json.encode(probe))
 
 
+def _kept(path: Path, kind: type[T]) -> T | None:
+    data = read_own(path, _MAX_CACHE_BYTES)
+    try:
+        return None if data is None else msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 def _keep(path: Path, data: bytes) -> None:
     """Writes a cache file. One that cannot be written is no error: what it says is found out again."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data)
+        write_atomically(path, data, follow=False)

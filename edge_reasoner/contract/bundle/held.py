@@ -62,6 +62,10 @@ class HeldFolder:
             # at the interpreter's end the system closes it
             weakref.finalize(self, os.close, descriptor).atexit = False
 
+    def at(self, path: Path) -> HeldFolder:
+        """The same folder, which was moved to `path`."""
+        return HeldFolder(path, None if self.descriptor is None else os.dup(self.descriptor))
+
     @property
     def location(self) -> str:
         """A path that leads into this very folder, whatever is at its old place by now, where there is /proc;

@@ -13,7 +13,7 @@ import hashlib
 import os
 import posixpath
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -92,6 +92,10 @@ class Bundle:
             folder=self.folder.folder(posixpath.dirname(relative)),
             weights=tuple(HeldFile(self.folder, name, self.seen[name]) for name in self.weights[relative]),
         )
+
+    def moved(self, root: Path) -> Bundle:
+        """The same bundle, whose folder was renamed to `root`."""
+        return replace(self, root=root, folder=self.folder.at(root))
 
     def component(self, kind: str) -> Component:
         """The component of that kind. Raises BundleError naming the kinds that exist."""

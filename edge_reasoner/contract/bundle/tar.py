@@ -7,6 +7,7 @@ header that claims gigabytes is refused before any memory is taken.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tarfile
@@ -26,7 +27,14 @@ from edge_reasoner.contract.bundle.manifest import (
 )
 from edge_reasoner.contract.bundle.open import SIGNATURE_NAME, Bundle, open_bundle
 from edge_reasoner.errors import BundleError
-from edge_reasoner.files import marked, open_given, remove_abandoned, write_atomically
+from edge_reasoner.files import (
+    marked,
+    open_given,
+    remove_abandoned,
+    remove_any,
+    sync_folder,
+    write_atomically,
+)
 
 #: how folders begin that an interrupted unpacking may leave behind
 STAGING_PREFIX = ".edge-reasoner-unpack-"
@@ -34,6 +42,7 @@ STAGING_PREFIX = ".edge-reasoner-unpack-"
 _CHUNK_BYTES = 1 << 20
 _MAX_SIGNATURE_BYTES = 64 * 1024
 _FOLDER_MODE = 0o755
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: how compressed archives begin
 _COMPRESSED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
 
@@ -67,26 +76,33 @@ def unpack_bundle_to(archive: str | os.PathLike[str], folder: str | os.PathLike[
         raise BundleError(f"{target}: exists already; remove it or give another name")
     with _opened(path) as tar:
         members, _ = _checked(tar, path)
-        with _staged(tar, members, path, target.parent) as staging:
-            staging.chmod(_FOLDER_MODE)
-            _written(staging.replace, target)
-    return open_bundle(target, "sizes")  # unpacking has just hashed everything
+        with _staged(tar, members, path, target.parent) as bundle:
+            bundle.root.chmod(_FOLDER_MODE)
+            return _placed(bundle, target)
 
 
-def unpack_bundle(archive: str | os.PathLike[str], cache_dir: Path) -> Path:
-    """Unpacks a bundle `.tar` to `cache_dir/bundles/<bundle_id>` and returns that folder, fully verified.
+def unpack_bundle(archive: str | os.PathLike[str], cache_dir: Path) -> Bundle:
+    """Unpacks a bundle `.tar` to `cache_dir/bundles/<bundle_id>` and returns that bundle, verified in full.
 
-    A bundle that is already there is verified again and reused; one that was damaged there is replaced.
-    Raises BundleError for anything that is not a plain bundle archive; nothing stays behind then.
+    A bundle that is already there is verified again and reused; whatever else is there is replaced. Raises
+    BundleError for anything that is not a plain bundle archive, UnpackError where the folder takes nothing;
+    nothing stays behind then.
     """
     path = Path(archive)
     with _opened(path) as tar:
         members, bundle_id = _checked(tar, path)
         target = cache_dir / "bundles" / bundle_id
-        if not _is_bundle(target, bundle_id):
-            with _staged(tar, members, path, target.parent) as staging:
-                _move(staging, target, bundle_id)
-    return target
+        if (found := _found(target, bundle_id)) is not None:
+            return found
+        with _staged(tar, members, path, target.parent) as bundle:
+            return _move(bundle, target)
+
+
+class UnpackError(BundleError):
+    """The archive may be sound, but the folder where it is to be unpacked is not."""
+
+    #: nothing more can be written where it lies; another place may have room
+    full: bool = False
 
 
 class _BoundedReader:
@@ -190,8 +206,8 @@ def _checked(tar: tarfile.TarFile, path: Path) -> tuple[dict[str, tarfile.TarInf
 @contextmanager
 def _staged(
     tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], path: Path, parent: Path
-) -> Iterator[Path]:
-    """A folder in `parent` with the verified bundle; what is left of it afterwards is removed."""
+) -> Iterator[Bundle]:
+    """The verified bundle in a folder in `parent`, on the disk; what is left there afterwards is removed."""
 
     def make() -> Path:
         parent.mkdir(parents=True, exist_ok=True)
@@ -203,8 +219,9 @@ def _staged(
         with marked(staging):
             for name, member in members.items():
                 _extract(tar, member, staging / name, path)
-            open_bundle(staging)
-            yield staging
+            for folder, _, _ in os.walk(staging):
+                sync_folder(Path(folder))
+            yield open_bundle(staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -215,6 +232,9 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, path: 
     with _written(target.open, "xb") as out:
         for chunk in _chunks(tar, member, path):
             _written(out.write, chunk)
+        # before the rename: a power cut between the two would leave a name and no content
+        _written(out.flush)
+        _written(os.fsync, out.fileno())
 
 
 def _written(write: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -223,26 +243,37 @@ def _written(write: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         return write(*arguments, **options)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        raise BundleError(f"{where}cannot be unpacked: {error.strerror or error}") from error
+        refused = UnpackError(f"{where}cannot be unpacked: {error.strerror or error}")
+        refused.full = error.errno in _FULL
+        raise refused from error
 
 
-def _is_bundle(folder: Path, bundle_id: str) -> bool:
-    """Whether that very bundle is there, unharmed."""
+def _found(folder: Path, bundle_id: str) -> Bundle | None:
+    """That very bundle, if it is there, unharmed; through a link it is not."""
     try:
-        return folder.is_dir() and open_bundle(folder).manifest.bundle_id == bundle_id
-    except BundleError:
-        return False
+        if folder.is_symlink() or not folder.is_dir():
+            return None
+        bundle = open_bundle(folder)
+    except (BundleError, OSError):
+        return None
+    return bundle if bundle.manifest.bundle_id == bundle_id else None
 
 
-def _move(staging: Path, target: Path, bundle_id: str) -> None:
+def _move(bundle: Bundle, target: Path) -> Bundle:
     """Puts the folder in its place. Where another process was first, its copy counts if it is sound."""
     try:
-        staging.replace(target)
-    except OSError:
-        if _is_bundle(target, bundle_id):
-            return
-        shutil.rmtree(target, ignore_errors=True)
-        _written(staging.replace, target)
+        return _placed(bundle, target)
+    except UnpackError:
+        if (found := _found(target, bundle.manifest.bundle_id)) is not None:
+            return found
+        remove_any(target)
+        return _placed(bundle, target)
+
+
+def _placed(bundle: Bundle, target: Path) -> Bundle:
+    _written(bundle.root.replace, target)
+    sync_folder(target.parent)
+    return bundle.moved(target.resolve())
 
 
 def _archive(bundle: Bundle) -> Iterator[bytes]:

@@ -31,7 +31,14 @@ from safetensors.torch import save as save_tensors
 
 from edge_reasoner.contract.bundle.manifest import check_relative_path
 from edge_reasoner.errors import BundleError
-from edge_reasoner.files import marked, remove_abandoned, write_atomically
+from edge_reasoner.files import (
+    is_own,
+    marked,
+    remove_abandoned,
+    remove_any,
+    sync_folder,
+    write_atomically,
+)
 
 T = TypeVar("T")
 
@@ -152,8 +159,10 @@ class StageCache:
                 size_bytes = _size_bytes(staging)
                 if size_bytes > self._budget():
                     return
-                shutil.rmtree(entry, ignore_errors=True)  # what was there could not be read
+                remove_any(entry)  # what was there could not be read
+                sync_folder(staging)
                 staging.replace(entry)
+                sync_folder(entry.parent)
             self._evict(self._budget(), keep=entry)
         except OSError:
             return
@@ -231,7 +240,7 @@ class Notes:
     def clear(self) -> None:
         """Forgets all notes: the stage has finished."""
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_any(self.folder)
 
     def _advance(self, stream: Any, count_bytes: int, out: Any = None) -> None:
         while count_bytes > 0 and (chunk := stream.read(min(_CHUNK_BYTES, count_bytes))):
@@ -287,12 +296,12 @@ def _load(path: Path, kind: type[T]) -> tuple[T, tuple[_File, ...]]:
 
 
 def _open_plain(path: Path) -> BinaryIO:
-    """Opens a regular file for reading, through no link. Raises _Absent for other kinds of files, OSError."""
+    """Opens a regular file of this user for reading, through no link. Raises _Absent for others, OSError."""
     flags = (
         os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     )
     descriptor = os.open(path, flags)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    if not is_own(os.fstat(descriptor)):
         os.close(descriptor)
         raise _Absent
     return os.fdopen(descriptor, "rb")

@@ -354,13 +354,13 @@ def member(name, data=b"", **attributes):
 def test_tar_unpacks_once(root, tmp_path):
     """A sound tar is unpacked under its bundle id, verified, and reused; a damaged copy is replaced."""
     archive = pack(root, tmp_path / "b.tar")
-    target = unpack_bundle(archive, tmp_path / "cache")
+    target = unpack_bundle(archive, tmp_path / "cache").root
     bundle = open_bundle(target)
     assert target.name == bundle.manifest.bundle_id
-    assert unpack_bundle(archive, tmp_path / "cache") == target
+    assert unpack_bundle(archive, tmp_path / "cache").root == target
     assert [p.name for p in target.parent.iterdir()] == [target.name]
     (target / "golden/reasoner.json").write_text("x")
-    assert unpack_bundle(archive, tmp_path / "cache") == target and open_bundle(target) == bundle
+    assert unpack_bundle(archive, tmp_path / "cache").root == target and open_bundle(target) == bundle
     assert [p.name for p in target.parent.iterdir()] == [target.name]
 
 

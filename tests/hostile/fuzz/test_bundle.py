@@ -90,7 +90,7 @@ def fuzz_tar(data: bytes) -> None:
         archive, cache = Path(folder, "b.tar"), Path(folder, "cache")
         archive.write_bytes(data)
         try:
-            root = unpack_bundle(archive, cache)
+            root = unpack_bundle(archive, cache).root
             assert root.parent == cache / "bundles" and (root / "manifest.json").is_file()
         except BundleError:
             assert not any(cache.rglob("*.json"))

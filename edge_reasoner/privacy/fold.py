@@ -27,7 +27,7 @@ _CONTROLS: dict[int, str | None] = dict.fromkeys((*range(9), *range(14, 32), 127
 
 _ROUNDS = 2
 _ESCAPE = re.compile(
-    r"\\u([0-9a-f]{4})|\\x([0-9a-f]{2})|%([0-9a-f]{2})|&#x([0-9a-f]{1,6});|&#([0-9]{1,7});"
+    r"\\u([0-9a-f]{4})|((?:\\x[0-9a-f]{2})+|(?:%[0-9a-f]{2})+)|&#x([0-9a-f]{1,6});|&#([0-9]{1,7});"
     r"|&(quot|apos|amp|commat|nbsp|equals|colon|lt|gt);",
     re.IGNORECASE,
 )
@@ -89,8 +89,10 @@ def _part(part: str) -> str:
 
 
 def _unescaped(match: re.Match[str]) -> str:
-    wide, short, percent, hexadecimal, number, name = match.groups()
+    wide, coded, hexadecimal, number, name = match.groups()
     if name:
         return _ENTITIES[name.lower()]
-    code = int(number) if number else int(wide or short or percent or hexadecimal, 16)
+    if coded:
+        return bytes.fromhex(coded.lower().replace("\\x", "").replace("%", "")).decode("utf-8", "replace")
+    code = int(number) if number else int(wide or hexadecimal, 16)
     return chr(code) if code < 0x110000 else ""

@@ -152,6 +152,8 @@ SPELLINGS: dict[str, list[str]] = {
         "护照号E12345678",
     ],
     "e-mail address": [
+        "".join(f"%{byte:02X}" for byte in wide(MAIL).encode()),
+        "".join(f"\\x{byte:02x}" for byte in ZERO_WIDTH.join(MAIL).encode()),
         "ann.lee @ example.com",
         "ANN.LEE AT EXAMPLE DOT COM",
         "ann.lee{at}example.com",

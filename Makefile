@@ -8,18 +8,18 @@ SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 MINILM := $(MODELS)/all-MiniLM-L6-v2
 DEMO_PROFILE ?= raspberry-pi-5
 FUZZ_INPUTS ?= 50000
+LOCKED ?= yes
 
 .PHONY: help setup models demo test test-arm test-all fuzz lint format bench docs clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
 
-$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+# `make setup LOCKED=no` takes whatever releases suit constraints.txt instead of those in requirements/.
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt $(wildcard requirements/*.txt) scripts/install.sh
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (the first time this takes a few minutes)" >&2
-	@# torch first and alone: its pin decides which build the other packages find installed
-	@$(PIP) -c constraints.txt torch==2.13.0
-	@$(PIP) -c constraints.txt -e '.[dev]'
+	@LOCKED=$(LOCKED) scripts/install.sh $(BIN)/python
 	@touch $@
 
 setup: $(VENV)/installed  ## virtual environment with everything that tests and demo need

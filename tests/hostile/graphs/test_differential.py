@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 from support.graph_mutations import graph_mutations
 from support.graph_runtimes import pythons, runtime_agrees
 from support.hostile_graphs import Sound
+from support.run_graphs import SIZES, feed
 
 from edge_reasoner.contract.bundle.graph_check import check_graph
 from edge_reasoner.contract.bundle.onnx_scan import Declared, OnnxModel, scan_graph
+from edge_reasoner.contract.bundle.onnx_wiring import check_wiring
 from edge_reasoner.errors import BundleError
 
 
@@ -94,6 +97,29 @@ def accepted_of(sound: Mapping[str, Sound], count: int, folder: Path) -> list[st
             accepted.append(str(path))
     assert read > len(accepted) > count // 100  # or nothing has been shown
     return accepted
+
+
+@pytest.mark.parametrize("base", ["packed", "normed", "encoder"])
+def test_shapes_are_the_runtimes(sound, base, tmp_path):
+    """Type and shape of every value inside a graph, as we work them out, are those of a run."""
+    graph = sound[base]
+    values = check_wiring(scan_graph(graph.data, "g.onnx"), graph.spec)
+    model = onnx.load(graph.path)
+    given = {value.name for value in model.graph.output}
+    inner = [name for node in model.graph.node for name in node.output if name and name not in given]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    found = session.run(inner, {v.name: feed(v.name, v.type, v.shape) for v in session.get_inputs()})
+    assert len(found) > 30
+    for name, array in zip(inner, found, strict=True):
+        shape = tuple(SIZES.get(dim, dim) for dim in values[name].shape)
+        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        assert (name, kind, array.shape) == (name, values[name].type, shape)
 
 
 def test_some_graphs(sound, tmp_path):

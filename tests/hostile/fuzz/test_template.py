@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from hostile.fuzz import composed
 from hostile.fuzz.mutate import FEW, check
 from support.tiny_checkpoints import TEMPLATE
 
@@ -76,6 +77,17 @@ def fuzz_template(data: bytes) -> None:
     try_template(
         data.decode("utf-8", "replace"), special_tokens=special, clock=time.monotonic, now=datetime.now
     )
+
+
+def fuzz_composed_template(data: bytes) -> None:
+    """A template of odd but well-formed statements and expressions."""
+    fuzz_template(composed.template(data).encode())
+
+
+@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+def test_fuzz_composed(count: int) -> None:
+    """The same of templates that every parser takes."""
+    check(fuzz_composed_template, [bytes([i]) * 4 for i in range(64)], count)
 
 
 @pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hostile.fuzz import composed
 from hostile.fuzz.mutate import FEW, check
 from support.tiny_tokenizers import byte_level, sentencepiece
 from support.vocab_gguf import write_vocab_gguf
@@ -53,6 +54,18 @@ def fuzz_tokenizer(data: bytes) -> None:
     for token_id in ids:
         decoder.push(token_id)
     decoder.flush()
+
+
+def fuzz_composed_tokenizer(data: bytes) -> None:
+    """As the device opens one of odd but well-formed parts."""
+    model = json.loads(byte_level().to_str())["model"]
+    fuzz_tokenizer(composed.tokenizer(data, model["vocab"], model["merges"]))
+
+
+def fuzz_composed_checkpoint(data: bytes) -> None:
+    """As the exporter takes one, and the device what comes of it."""
+    model = json.loads(byte_level().to_str())["model"]
+    _exported(tokenizer__json=composed.tokenizer(data, model["vocab"], model["merges"]))
 
 
 def fuzz_tokenizer_config(data: bytes) -> None:
@@ -151,6 +164,8 @@ def _seeds(folder: Path) -> dict[Callable[[bytes], None], list[bytes]]:
     model = base64.b64decode(json.loads(GOLDEN.read_text(encoding="ascii"))["model_base64"])
     return {
         fuzz_tokenizer: [*plain, *_other_models()],
+        fuzz_composed_tokenizer: [b"tokenizer 8"],
+        fuzz_composed_checkpoint: [b"tokenizer 8"],
         fuzz_tokenizer_config: configs,
         fuzz_exported_tokenizer: [*plain, *_other_models(), json.dumps(with_added).encode()],
         fuzz_side_files: [json.dumps(CONFIG).encode(), b'{"<s>": 0}'],
@@ -161,6 +176,8 @@ def _seeds(folder: Path) -> dict[Callable[[bytes], None], list[bytes]]:
 
 TARGETS = (
     fuzz_tokenizer,
+    fuzz_composed_tokenizer,
+    fuzz_composed_checkpoint,
     fuzz_tokenizer_config,
     fuzz_exported_tokenizer,
     fuzz_side_files,

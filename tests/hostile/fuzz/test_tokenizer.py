@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hostile.fuzz import composed
-from hostile.fuzz.mutate import FEW, check
+from hostile.fuzz.mutate import FEW, MANY, check
 from support.tiny_tokenizers import byte_level, sentencepiece
 from support.vocab_gguf import write_vocab_gguf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -23,8 +23,6 @@ from edge_reasoner.contract.bundle.tokenizer_patterns import LLAMA3
 from edge_reasoner.engine.tokens import IncrementalDecoder, TextTokenizer
 from edge_reasoner.errors import CheckpointError
 
-#: mutations in `make test-all`
-MANY = 50_000
 TEXT = "Hello, <s>größe\n你好 🙂\U000fabcd</s>"
 GOLDEN = Path(__file__).resolve().parents[2] / "edge_export" / "checkpoint" / "golden" / "sentencepiece.json"
 CONFIG = {
@@ -164,8 +162,6 @@ def _seeds(folder: Path) -> dict[Callable[[bytes], None], list[bytes]]:
     model = base64.b64decode(json.loads(GOLDEN.read_text(encoding="ascii"))["model_base64"])
     return {
         fuzz_tokenizer: [*plain, *_other_models()],
-        fuzz_composed_tokenizer: [b"tokenizer 8"],
-        fuzz_composed_checkpoint: [b"tokenizer 8"],
         fuzz_tokenizer_config: configs,
         fuzz_exported_tokenizer: [*plain, *_other_models(), json.dumps(with_added).encode()],
         fuzz_side_files: [json.dumps(CONFIG).encode(), b'{"<s>": 0}'],
@@ -176,8 +172,6 @@ def _seeds(folder: Path) -> dict[Callable[[bytes], None], list[bytes]]:
 
 TARGETS = (
     fuzz_tokenizer,
-    fuzz_composed_tokenizer,
-    fuzz_composed_checkpoint,
     fuzz_tokenizer_config,
     fuzz_exported_tokenizer,
     fuzz_side_files,
@@ -191,3 +185,10 @@ TARGETS = (
 def test_fuzz(target: Callable[[bytes], None], count: int, tmp_path: Path) -> None:
     """Only errors of the project's tree, no hang, no growth."""
     check(target, _seeds(tmp_path)[target], count, words=WORDS)
+
+
+@pytest.mark.parametrize("target", [fuzz_composed_tokenizer, fuzz_composed_checkpoint])
+@pytest.mark.parametrize("count", [FEW // 3, pytest.param(MANY, marks=pytest.mark.slow)])
+def test_fuzz_composed(target: Callable[[bytes], None], count: int) -> None:
+    """The same of tokenizers that are sound in form."""
+    check(target, [], count, damaged=(b"%d" % i for i in range(count)))

@@ -25,7 +25,7 @@ MAX_CHOICES = 26
 _NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+−]?\.\d+")
 _MAX_NUMBER_CHARS = 40
 _TOLERANCE = Decimal("1e-6")
-_LETTER_STATED = re.compile(r"(?i:answer|option|choice)\s*(?:is|:)?\s*[:(\[*\s]*([A-Z])\b(?!['’])")
+_LETTER_STATED = re.compile(r"(?i:answer|option|choice)(?:\s*is)?[:(\[*\s]*([A-Z])\b(?!['’])")
 _LETTER_FIRST = re.compile(r"^\W*([A-Z])(?=$|[\s.,:;)\]*])")
 
 

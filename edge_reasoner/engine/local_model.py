@@ -9,7 +9,7 @@ from edge_reasoner.chat.model import ChatRequest
 from edge_reasoner.contract.template.render import ChatTemplate, Message
 from edge_reasoner.engine.loop import Engine, TokenStream
 from edge_reasoner.engine.tokens import TextTokenizer
-from edge_reasoner.errors import InputError, TemplateError
+from edge_reasoner.errors import ContextOverflowError, InputError, TemplateError
 
 #: stands for what the user will say; templates may trim it, so it has no blanks at its ends
 _NEXT_WORDS = "[the next words]"
@@ -50,11 +50,20 @@ class LocalModel:
             return self.raw_ids("\n".join(message_text(message) for message in messages))
         # templates of text models would write a list of parts out as Python does
         plain = [{**message, "content": message_text(message)} for message in messages]
-        return self.tokenizer.encode(self._template.render(plain))
+        return self._encode(self._template.render(plain))
 
     def raw_ids(self, text: str) -> list[int]:
         """Token ids of a text to be continued as it is. Raises InputError."""
-        return [*self._bos, *self.tokenizer.encode(text)]
+        return [*self._bos, *self._encode(text)]
+
+    def _encode(self, text: str) -> list[int]:
+        """Token ids. A text that cannot fit the context however it is cut is refused unread."""
+        limit = self.context_tokens
+        if len(text) > limit and len(text) > (most := self.tokenizer.most_chars(limit)):
+            raise ContextOverflowError(
+                f"the prompt has {len(text)} characters; at most {most} fit a context of {limit} tokens"
+            )
+        return self.tokenizer.encode(text)
 
     def request_ids(self, request: ChatRequest) -> list[int]:
         """Token ids of what a request asks. Raises InputError, TemplateError."""

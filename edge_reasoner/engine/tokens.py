@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -25,6 +26,9 @@ _MAX_NORMALIZED_BYTES = 16 * 1024 * 1024
 _MAX_EFFORT = 256 * 1024 * 1024
 #: characters that one `decode` may make
 _MAX_DECODED_CHARS = 256 * 1024 * 1024
+
+#: a text up to this length is read whatever the context: that costs next to nothing
+_SHORT_TEXT_CHARS = 65_536
 
 _REPLACEMENT = "\ufffd"
 _MANY_TOKENS = 16
@@ -83,12 +87,26 @@ class TextTokenizer:
                 f"text of {size_bytes} bytes; at most {self._max_text_bytes} are allowed for this tokenizer"
             )
         with tokenizer_faults(TOKENIZER_FILE, BundleError):
+            if len(text) > _SHORT_TEXT_CHARS:
+                # as a batch, since only then other threads run meanwhile; without offsets it is quicker
+                batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special)
+                return list(batch[0].ids)
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
         if self._model_vocab_size is not None and ids and max(ids) >= self._model_vocab_size:
             raise BundleError(
                 f"{TOKENIZER_FILE}: gives the token {max(ids)}; the model knows {self._model_vocab_size}"
             )
         return ids
+
+    def most_chars(self, tokens: int) -> int:
+        """The longest text, in characters, that is worth reading where `tokens` may be used: no token is
+        longer than the vocabulary's longest. At least 65,536."""
+        return max(_SHORT_TEXT_CHARS, tokens * self._longest_token_chars)
+
+    @cached_property
+    def _longest_token_chars(self) -> int:
+        # looked up only once a text is long: a vocabulary takes a moment to be listed
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of `token_ids`. Ids outside the vocabulary give nothing. Raises BundleError as `encode`."""

@@ -18,11 +18,15 @@ Intent = Literal[
 ]
 
 _MAX_CHARS = 20_000
+# Every pattern here takes time that grows as the text does: a run is tried from its beginning only, and what
+# may stand between two words is bounded (tests/hostile/test_patterns.py).
+_HAN_DIGITS = "一二两三四五六七八九十百千万亿"
 _NUMBER = re.compile(
-    r"(?<![A-Za-z0-9_.])[$€£¥]?\d[\d.,]*%?|[一二两三四五六七八九十百千万亿]+(?=[个只元块米天年人本张次倍])"
+    r"(?<![A-Za-z0-9_.])[$€£¥]?\d[\d.,]*%?"
+    rf"|(?<![{_HAN_DIGITS}])[{_HAN_DIGITS}]+(?=[个只元块米天年人本张次倍])"
 )
 _OPERATOR = re.compile(r"(?<=[\w)\s])[+*/=×÷^<>≤≥√∫∑−](?=[\w(\s])|(?<=\d)\s*-\s*(?=\d)|(?<=\d)x(?=\d)")
-_SENTENCE = re.compile(r"[.!?。！？؟]+(?:\s|$)|[。！？]|\n+")
+_SENTENCE = re.compile(r"(?<![.!?。！？؟])[.!?。！？؟]+(?:\s|$)|[。！？]|\n+")
 _CHOICE = re.compile(r"(?:^|\n|\s)\(?[A-Ea-e][).:]\s+\S")
 _WORD = re.compile(r"[^\W\d_]+|\d+")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
@@ -33,7 +37,7 @@ def _words(pattern: str) -> re.Pattern[str]:
 
 
 _CODE = _words(
-    r"```|\b(?:def|class|return|import|function|const|var|void|printf|println|select\s.+\sfrom|regex|python|"
+    r"```|\b(?:def|class|return|import|function|const|var|void|printf|println|select\s.{1,200}\sfrom|regex|python|"
     r"javascript|typescript|java|c\+\+|rust|golang|sql|bash|html|css|compile|stack trace|traceback|"
     r"debug|refactor|unit test|algorithm|api|json|yaml|docker)\b|[;{}]\s*\n|=>|==|!=|代码|程序|函数"
 )

@@ -114,10 +114,10 @@ def _unknown(text: str, names: tuple[str, ...]) -> str:
 
 def _explain(message: str) -> str:
     """msgspec's message, with the allowed values where the field is a closed set."""
-    found = re.search(r"`\$\.?(.*?)`$", message)
-    if not found or "Invalid enum value" not in message:
+    _, found, place = message.partition("`$")
+    if not found or not place.endswith("`") or "Invalid enum value" not in message:
         return message
-    field = re.sub(r"\[[^\]]*\]", "", found.group(1)).rpartition(".")[2]
+    field = re.sub(r"\[[^\[\]]*\]", "", place[:-1]).rpartition(".")[2]
     allowed = ", ".join(str(v) for v in allowed_values(field))
     return f"{message}; allowed: {allowed}" if allowed else message
 

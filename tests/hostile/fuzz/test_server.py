@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import h11
 import pytest
-from hostile.fuzz.mutate import FEW, check
+from hostile.fuzz.mutate import FEW, MANY, check
 from support.http_requests import post
 from support.talking_model import TalkingModel
 
@@ -20,7 +20,6 @@ from edge_reasoner.server.guard import Guard
 from edge_reasoner.server.limits import Connections, HttpLimits
 from edge_reasoner.server.work import Streams
 
-MANY_REQUESTS = 50_000
 CHAT = "/v1/chat/completions"
 _ASK = {"model": "talking", "messages": [{"role": "user", "content": "Who?"}]}
 _PARTS = [{"role": "developer", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "é\\n"}]}]
@@ -169,6 +168,10 @@ def service() -> Iterator[tuple[Service, asyncio.AbstractEventLoop]]:
 
 def _check_replies(heard: bytes, sent: bytes) -> None:
     """Whole replies, one after the other; what refuses says why as the protocol has it."""
+    if b"HEAD" in sent:
+        # which of the replies have no body, only the service knows
+        assert not heard or heard.startswith(b"HTTP/1.1 ")
+        return
     while heard:
         reader = h11.Connection(h11.CLIENT)
         reader.send(h11.Request(method="GET", target="/", headers=[("Host", "x")]))
@@ -181,12 +184,12 @@ def _check_replies(heard: bytes, sent: bytes) -> None:
             elif isinstance(event, h11.Data):
                 body += event.data
             elif event is h11.NEED_DATA:
-                # a reply without length ends with the connection, one to HEAD has no body at all, and to a
-                # client that was told to go on and went away there is none
-                if b"HEAD" in sent or (status == 0 and heard.startswith(b"HTTP/1.1 100 ")):
+                # a reply without length ends with the connection; a client that was told to go on and went
+                # away gets none
+                if status == 0 and heard.startswith(b"HTTP/1.1 100 "):
                     return
                 reader.receive_data(b"")
-        if status >= 400 and b"HEAD" not in sent:
+        if status >= 400:
             error = json.loads(body)["error"]
             assert error["code"] == status and error["message"] and "\n" not in error["message"]
         heard = reader.trailing_data[0]
@@ -219,8 +222,8 @@ def test_requests(service: tuple[Service, asyncio.AbstractEventLoop]) -> None:
 
 @pytest.mark.slow
 def test_many_requests(service: tuple[Service, asyncio.AbstractEventLoop]) -> None:
-    """Fifty thousand."""
-    _fuzz(service, MANY_REQUESTS, seed=2)
+    """As many as the long run takes."""
+    _fuzz(service, MANY, seed=2)
 
 
 def test_the_seeds_are_answered(service: tuple[Service, asyncio.AbstractEventLoop]) -> None:

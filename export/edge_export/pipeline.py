@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,8 @@ PLANNING: Final[tuple[Callable[[Run, Any], Any], ...]] = (find, load, check, ana
 MAKING: Final[tuple[Callable[[Run, Any], Any], ...]] = (store, lower, verify, measure)
 #: These take all components together.
 BUNDLING: Final[tuple[Callable[[Run, Any], Any], ...]] = (report, pack)
+#: a disk that is full, a quota or a limit that is reached
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STAGES: Final = tuple(stage.__name__ for stage in (*PLANNING, *MAKING, *BUNDLING))
 
 
@@ -130,6 +133,12 @@ def _step(
         if done:
             error.args = (f"{error} (after {', '.join(done)})",)
         raise
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise InputError(
+            f"{stage.__name__}: cannot write the bundle: {error.strerror}; nothing is left of it"
+        ) from error
     done.append(stage.__name__)
     return values
 

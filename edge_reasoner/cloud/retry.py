@@ -91,7 +91,8 @@ def retry_after_s(headers: Mapping[str, str], now: Callable[[], float]) -> float
 
 def _number(text: str) -> float | None:
     # as many digits as one likes: infinity is a wish too
-    return float(text) if _NUMBER.fullmatch(text.strip()) else None
+    plain = text.strip()  # of more than float takes away
+    return float(plain) if _NUMBER.fullmatch(plain) else None
 
 
 def _date_s(text: str) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from email.utils import formatdate
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support.hostile_cloud import GOOD, hostile_cloud, send, status
 
@@ -57,6 +57,7 @@ def test_retry_after(headers, expected_s) -> None:
     assert retry_after_s(headers, lambda: NOW_S) == expected_s
 
 
+@example(value="0\x1f", date="")
 @given(value=st.text(max_size=30), date=st.text(max_size=30))
 def test_any_header_is_a_wait_or_none(value: str, date: str) -> None:
     """Whatever stands there, it is at least 0 seconds or nothing."""

@@ -26,7 +26,7 @@ from edge_reasoner.activation.store import (
 )
 from edge_reasoner.activation.trials import Confinement, Trials
 from edge_reasoner.backends import load_backend
-from edge_reasoner.backends.base import Backend, DecoderModel, EncoderModel
+from edge_reasoner.backends.base import Backend, DecoderModel, EncoderModel, check_threads
 from edge_reasoner.backends.golden import Clock, Trial
 from edge_reasoner.contract.bundle.manifest import Component
 from edge_reasoner.contract.bundle.open import Bundle
@@ -71,8 +71,9 @@ def activate(
     child process as `confinement` says (None: in this process, by `clock`; seconds to a minute); later calls
     read the choice from `cache_dir` (None: every call tests anew). Raises BundleError (no such component, bad
     golden vectors, a file that is no longer what was checked), TargetError (no variant can run here),
-    VerificationError (none reproduces the golden vectors), BackendError.
+    VerificationError (none reproduces the golden vectors), InputError (threads), BackendError.
     """
+    check_threads(threads)  # bad input, not a candidate that fails
     component = bundle.component(kind)
     golden = read_golden(bundle, component)
     check_import(cache_dir, probe_import)

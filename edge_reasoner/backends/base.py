@@ -16,11 +16,19 @@ from numpy.typing import NDArray
 
 from edge_reasoner.contract.bundle.held import HeldGraph
 from edge_reasoner.contract.bundle.manifest import DecoderSpec, EncoderSpec
+from edge_reasoner.errors import InputError
 
+_MAX_THREADS = 1024
 #: a bundle's graph, checked and held; or a file that this program has written itself
 Graph = HeldGraph | Path
 Logits = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
+
+
+def check_threads(threads: int) -> None:
+    """Libraries start every thread asked for, whatever the machine has. Raises InputError: not 1 to 1024."""
+    if not 1 <= threads <= _MAX_THREADS:
+        raise InputError(f"threads is {threads}; at least 1 is needed, and {_MAX_THREADS} are the most")
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from edge_reasoner.backends.base import Graph
+from edge_reasoner.backends.base import Graph, check_threads
 from edge_reasoner.backends.onnxruntime.session_options import check_session_options
-from edge_reasoner.errors import BackendError, BundleError, InputError, one_line
+from edge_reasoner.errors import BackendError, BundleError, one_line
 from edge_reasoner.files import utf8_path
 from edge_reasoner.machine.process import check_same_process
 from edge_reasoner.machine.quiet import silence_telemetry
@@ -36,7 +36,6 @@ onnxruntime.set_default_logger_severity(_FATAL_ONLY)
 #: where the weights of a graph lie that is given as bytes
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 CPU = "CPUExecutionProvider"
-_MAX_THREADS = 1024
 _DEFAULT_OPTIONS: Mapping[str, str] = {
     "session.intra_op.allow_spinning": "1",
     "session.force_spinning_stop": "1",
@@ -140,8 +139,7 @@ def open_session(
     the library fails).
     """
     where = graph.name if isinstance(graph, Path) else graph.path.name
-    if not 1 <= threads <= _MAX_THREADS:  # the library starts every one of them, whatever the machine has
-        raise InputError(f"threads is {threads}; at least 1 is needed, and {_MAX_THREADS} are the most")
+    check_threads(threads)
     check_session_options(session_options, where)
     if provider not in available_providers():
         raise BackendError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from edge_export.stages.report import report
 from edge_export.stages.store import store
 from edge_export.stages.values import ExportReport, Job, Packed, Planned, Run
 from edge_export.stages.verify import verify
+from edge_export.storage.room import full_disk_named
 from edge_export.storage.stage_cache import StageCache
 from edge_reasoner.contract.profile import DeviceProfile, load_profile
 from edge_reasoner.errors import EdgeReasonerError, InputError, shown
@@ -35,10 +35,7 @@ from edge_reasoner.errors import EdgeReasonerError, InputError, shown
 #: to the next, so that nothing is computed for one while another cannot be used at all.
 PLANNING: Final[tuple[Callable[[Run, Any], Any], ...]] = (find, load, check, analyse, plan)
 MAKING: Final[tuple[Callable[[Run, Any], Any], ...]] = (store, lower, verify, measure)
-#: These take all components together.
-BUNDLING: Final[tuple[Callable[[Run, Any], Any], ...]] = (report, pack)
-#: a disk that is full, a quota or a limit that is reached
-_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BUNDLING: Final[tuple[Callable[[Run, Any], Any], ...]] = (report, pack)  # of all components together
 STAGES: Final = tuple(stage.__name__ for stage in (*PLANNING, *MAKING, *BUNDLING))
 
 
@@ -70,7 +67,7 @@ def export(
         check_destination(out)
         restore_earlier(out)
     with torch_threads(options.threads):
-        return _export(str(model), board, out, options, progress, cache, started)
+        return _export(str(model), board, out, options, progress, cache)
 
 
 def _export(
@@ -80,8 +77,8 @@ def _export(
     options: ExportOptions,
     progress: Progress,
     cache: Path | str | None,
-    started: float,
 ) -> ExportReport:
+    started = time.monotonic()
     run = Run(progress, StageCache(None if cache is None else _as_path("cache", cache), salt=code_version))
     values: tuple[Any, ...] = _jobs(model, board, options)
     done: list[str] = []
@@ -128,17 +125,12 @@ def _step(
     """Runs a stage for every value. A failure names the stages that had run."""
     run.progress(stage.__name__, len(done), len(STAGES))
     try:
-        values = tuple(stage(run, value) for value in values)
+        with full_disk_named(stage.__name__):
+            values = tuple(stage(run, value) for value in values)
     except EdgeReasonerError as error:
         if done:
             error.args = (f"{error} (after {', '.join(done)})",)
         raise
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        raise InputError(
-            f"{stage.__name__}: cannot write the bundle: {error.strerror}; nothing is left of it"
-        ) from error
     done.append(stage.__name__)
     return values
 

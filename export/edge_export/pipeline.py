@@ -54,7 +54,6 @@ def export(
     (None: nowhere), so that an interrupted export, started again, resumes. Raises InputError and its kin for
     input that cannot be used, TargetError, VerificationError or CheckFailedError for checks that failed.
     """
-    started = time.monotonic()
     if options is not None and not isinstance(options, ExportOptions):
         raise InputError(f"options={shown(options)} is not allowed; give ExportOptions")
     if not callable(progress):

@@ -52,7 +52,7 @@ elif HOW == "talks":
     sys.stderr.write("\x1b]0;title\x07 many words " * 100_000 + "\n")
     sys.exit(3)
 elif HOW == "writes a file":
-    Path(os.environ["MISBEHAVING_FILE"]).write_bytes(b"x" * 100)
+    Path(os.environ["MISBEHAVING_FILE"]).write_bytes(b"x" * (8 << 20))
 elif HOW.startswith("says "):
     os.write(ANSWER, HOW.removeprefix("says ").encode())
 else:

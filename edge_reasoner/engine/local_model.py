@@ -48,9 +48,7 @@ class LocalModel:
             raise TemplateError(str(self._template)) from self._template
         if self._template is None:
             return self.raw_ids("\n".join(message_text(message) for message in messages))
-        # templates of text models would write a list of parts out as Python does
-        plain = [{**message, "content": message_text(message)} for message in messages]
-        return self._encode(self._template.render(plain))
+        return self._encode(_rendered(self._template, messages))
 
     def raw_ids(self, text: str) -> list[int]:
         """Token ids of a text to be continued as it is. Raises InputError."""
@@ -102,9 +100,14 @@ class LocalModel:
         if isinstance(self._template, TemplateError):
             return []
         turn: Message = {"role": "user", "content": _NEXT_WORDS}
-        known, _, _ = self._template.render([*messages, turn]).rpartition(_NEXT_WORDS)
-        return self.tokenizer.encode(known) if known else []
+        known, _, _ = _rendered(self._template, [*messages, turn]).rpartition(_NEXT_WORDS)
+        return self._encode(known) if known else []
 
     def close(self) -> None:
         """Ends the engine and releases the model."""
         self._engine.close()
+
+
+def _rendered(template: ChatTemplate, messages: Sequence[Message]) -> str:
+    # templates of text models would write a list of parts out as Python does
+    return template.render([{**message, "content": message_text(message)} for message in messages])

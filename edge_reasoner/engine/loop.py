@@ -431,8 +431,8 @@ class _Loop:
             ahead = self._ahead.popleft()
         try:
             unfinished = self._decoder.feed_ahead(self._pool, ahead.prompt, hidden=ahead.hidden)
-        except BackendError:
-            return  # the prompt will meet the same trouble, and tell whoever asks
+        except Exception:  # noqa: BLE001  # the thread's edge: the prompt will meet it again, and tell who asks
+            return
         with self._changed:
             if unfinished and len(self._ahead) < _AHEAD_PROMPTS:
                 self._ahead.append(ahead)

@@ -267,13 +267,14 @@ def test_what_is_asked_goes_before_what_is_expected() -> None:
         assert _ask(engine, [*begin, 7]) == 128
 
 
-def test_a_trouble_ahead_is_told_to_who_asks() -> None:
+@pytest.mark.parametrize("trouble", [BackendError("broken"), MemoryError("broken")])
+def test_a_trouble_ahead_is_told_to_who_asks(trouble: Exception) -> None:
     """A call that fails ahead of a prompt costs its cache only; the prompt itself gets the error."""
     model = echo()
 
     def before(tokens) -> None:
         if 9 in tokens:
-            raise BackendError("broken")
+            raise trouble
 
     model.before = before
     with closing(engine_of(model)) as engine:
@@ -282,7 +283,7 @@ def test_a_trouble_ahead_is_told_to_who_asks() -> None:
             engine.prefill_ahead([9] * 70)
             model.arrive()
         assert engine.submit([5], SamplingParams(max_tokens=2)).result().token_ids == (5, 5)
-        with pytest.raises(BackendError, match="broken"):
+        with pytest.raises(type(trouble), match="broken"):
             engine.submit([9] * 70, SamplingParams(max_tokens=1)).result()
         assert all(9 not in tokens for cache in _kept(model) for c, tokens in model.fed if c is cache)
 
